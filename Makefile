@@ -1,0 +1,59 @@
+# Everything starts from a bare machine: Python 3.11 or newer with pip and venv, and make.
+
+PYTHON ?= python3
+# What pip installs as torch, for the tests. On Linux an index may serve the CUDA build; name another one here.
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Modules are compiled when they are first imported: most never are, and the installation is a third faster.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+
+export NEMO_GUARDRAILS_NO_USAGE_STATS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo "make demo    try the guard in NeMo Guardrails, LangChain, LlamaIndex and on the command line"
+	@echo "make test    run all tests"
+	@echo "make lint    check style and types"
+	@echo "make bench   measure speed and memory of the embedded guard"
+	@echo "make clean   remove the environment and everything built"
+
+demo: $(VENV)/.demo
+	@$(BIN)/python examples/demo.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.demo
+	@$(BIN)/python benchmarks/embedded.py
+
+clean:
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp stands for "this much is installed". An editable installation holds a copy of the
+# Colang library, so it is renewed with that.
+$(VENV)/.demo: pyproject.toml $(wildcard rails/library/*) | $(BIN)/python
+	@echo "Installing the guard and the three frameworks into $(VENV) (a minute or two) ..."
+	@$(PIP_INSTALL) --editable '.[embedded,nemo,langchain,llama-index]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	@echo "Installing what the tests need into $(VENV) (some minutes) ..."
+	@$(PIP_INSTALL) $(TORCH)
+	@$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "Python 3.11 or newer is needed and '$(PYTHON)' is older or missing: install it, or name one with 'make PYTHON=/path/to/python3.11 ...'." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "'$(PYTHON) -m venv' failed: install Python's venv and pip modules (on Debian and Ubuntu the package python3-venv) and try again." >&2; exit 1; }
