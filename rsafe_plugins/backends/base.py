@@ -1,0 +1,112 @@
+"""The contract between the guard and an inference engine. Backends know nothing of policies or verdicts."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+from rsafe_plugins.errors import BackendError
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One chat message."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What an engine is asked for once.
+
+    Attributes:
+        messages: The chat, oldest first. The engine applies its model's own chat template.
+        prefill: How the assistant's answer begins; the engine continues from there and doesn't repeat it.
+        max_tokens: At most this many new tokens (>= 1); not used when `candidates` are given.
+        stop: Generation ends before any of these strings; the string itself is not part of the text.
+        candidates: Continuations whose log-probabilities are wanted instead of text. No candidate is a
+            prefix of another, so their probabilities sum to at most 1.
+    """
+
+    messages: tuple[Message, ...]
+    prefill: str = ""
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    candidates: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one or several engine requests.
+
+    Attributes:
+        prompt_tokens: Tokens of the prompt, cached ones included.
+        cached_tokens: Those of them that a prefix cache served.
+        completion_tokens: Tokens generated.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.completion_tokens + other.completion_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What an engine answered to one request.
+
+    Attributes:
+        text: What the model generated, without the prefill; empty when candidates were scored.
+        finish_reason: `stop` (a stop string or the end of the turn), `length` (the token budget ran out),
+            `candidates` (nothing was generated).
+        logprobs: For each candidate its natural log-probability (<= 0) as the whole continuation.
+        usage: Tokens used.
+    """
+
+    text: str = ""
+    finish_reason: Literal["stop", "length", "candidates"] = "stop"
+    logprobs: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    usage: Usage = Usage()
+
+
+class Backend(abc.ABC):
+    """An inference engine that completes chats.
+
+    Attributes:
+        model: The model's name as users know it; stands in each verdict.
+        supports_candidates: Whether the engine can score `Request.candidates`. Where it can't, the guard
+            generates and parses strictly.
+        supports_prefill: Whether the engine can continue a begun assistant message.
+        concurrency: How many requests the engine works on at once.
+    """
+
+    model: str
+    supports_candidates: bool = True
+    supports_prefill: bool = True
+    concurrency: int = 64
+
+    @abc.abstractmethod
+    async def complete(self, requests: Sequence[Request]) -> list[Completion | BackendError]:
+        """Answers each request, in order: a completion or a typed error for each, never a shorter list.
+
+        Called from one event loop, possibly many times at once. When the task is cancelled, requests that
+        are still under way are dropped in the engine too.
+
+        Raises:
+            BackendError: The engine as a whole failed; it counts for every request.
+        """
+
+    async def aclose(self) -> None:
+        """Frees the engine. A closed backend answers with `BackendUnavailable`. Closing twice is fine."""

@@ -1,0 +1,356 @@
+"""The guard: contents in, verdicts out, through one engine batch a step."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rsafe_plugins.backends import Backend, Completion, Message, Request, Usage, shared_backend
+from rsafe_plugins.errors import BackendError, BackendTimeout, RSafeError, SettingsError, VerdictError
+from rsafe_plugins.guard import loop
+from rsafe_plugins.guard.content import Content
+from rsafe_plugins.guard.prompt import GuardPrompt, Thinking
+from rsafe_plugins.guard.settings import GuardSettings, OnError, Reasoning
+from rsafe_plugins.guard.verdict import Label, Verdict, named_categories, parse_answer
+from rsafe_plugins.policy import Policy
+
+BOX = "\\boxed{"
+THOUGHT = "<think>"
+THOUGHT_END = "</think>"
+LABELS: tuple[Label, Label] = ("safe", "unsafe")
+
+# Room for the verdict and its categories after a thought, and for a bare verdict, in tokens.
+_ANSWER_TOKENS = 64
+_CATEGORY_TOKENS = 32
+# Below this probability of both labels together the model wasn't answering the question.
+_LEAST_MASS = 0.01
+
+
+@dataclass(slots=True)
+class _Check:
+    """One content on its way to a verdict."""
+
+    content: Content
+    messages: tuple[Message, ...]
+    label: Label | None = None
+    score: float | None = None
+    thought: str | None = None
+    conclusion: str = ""
+    error: RSafeError | None = None
+    usage: Usage = field(default_factory=Usage)
+
+
+class Guard:
+    r"""Judges contents against a policy.
+
+    Every argument that is not given comes from the environment (`RSAFE_POLICY`, ...), then from `rsafe.yaml`,
+    then from the defaults; `GuardSettings` says what each means.
+
+    Args:
+        policy: A `Policy`, a built-in policy's name, or a policy file's path. Default `rsafe-18`.
+        backend: A backend object, or a string such as `embedded`. Default `embedded`.
+        reasoning: `never`, `always` or `adaptive` (the default).
+        threshold: Unsafe from this probability on, 0 to 1.
+        band: Lowest and highest probability at which adaptive reasoning thinks.
+        max_reasoning_tokens: Budget of a thought, in tokens.
+        timeout: Seconds for one check.
+        on_error: What a failed check does: `block` (the default), `allow`, or `raise`.
+        template: A prompt template file.
+
+    Raises:
+        SettingsError: A setting can't be used.
+        PolicyError: The policy can't be found or read.
+        TemplateError: The template can't be found or read.
+
+    Example:
+        >>> from rsafe_plugins import Guard
+        >>> from rsafe_plugins.testing import ScriptedBackend
+        >>> guard = Guard(backend=ScriptedBackend(r"\boxed{safe}"))
+        >>> guard.check("How do I bake bread?").label
+        'safe'
+    """
+
+    def __init__(
+        self,
+        policy: Policy | str | Path | None = None,
+        *,
+        backend: Backend | str | None = None,
+        reasoning: Reasoning | None = None,
+        threshold: float | None = None,
+        band: tuple[float, float] | None = None,
+        max_reasoning_tokens: int | None = None,
+        timeout: float | None = None,
+        on_error: OnError | None = None,
+        template: str | Path | None = None,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self._set_up(GuardSettings.read(given))
+
+    @classmethod
+    def from_settings(cls, settings: GuardSettings) -> Guard:
+        """A guard with settings that were read elsewhere."""
+        guard = cls.__new__(cls)
+        guard._set_up(settings)
+        return guard
+
+    @classmethod
+    def of(cls, guard: Guard | GuardSettings | Mapping[str, Any] | None) -> Guard:
+        """The guard that an adapter's `guard=` means: a guard, the settings of one, or None for `Guard()`.
+
+        Raises:
+            SettingsError: It is something else, or a setting can't be used.
+            PolicyError: The policy can't be found or read.
+            TemplateError: The template can't be found or read.
+        """
+        if isinstance(guard, Guard):
+            return guard
+        if isinstance(guard, GuardSettings):
+            return cls.from_settings(guard)
+        if guard is None or isinstance(guard, Mapping):
+            return cls.from_settings(GuardSettings.read(guard or {}, source="guard"))
+        raise SettingsError(
+            f"guard must be a Guard or a mapping of its settings, not {type(guard).__name__}."
+        )
+
+    def _set_up(self, settings: GuardSettings) -> None:
+        self.settings = settings
+        self.policy = settings.policy if isinstance(settings.policy, Policy) else Policy.load(settings.policy)
+        self.prompt = GuardPrompt(settings.template)
+        self.backend = (
+            settings.backend if isinstance(settings.backend, Backend) else shared_backend(settings.backend)
+        )
+
+    def check(self, content: Content | str) -> Verdict:
+        """Judges one content; a str is a prompt.
+
+        Raises:
+            PolicyError: No category of the policy applies to this kind of content.
+            RSafeError: The check failed and `on_error` is `raise`.
+        """
+        return self.check_many([content])[0]
+
+    def check_many(self, contents: Iterable[Content | str]) -> list[Verdict]:
+        """Judges contents as one engine batch; the verdicts come in the same order.
+
+        Raises:
+            PolicyError: No category of the policy applies to one of the kinds of content.
+            RSafeError: A check failed and `on_error` is `raise`.
+        """
+        return loop.run_blocking(self._check_many(list(contents)))
+
+    async def acheck(self, content: Content | str) -> Verdict:
+        """Like `check`, without blocking the caller's event loop."""
+        return (await self.acheck_many([content]))[0]
+
+    async def acheck_many(self, contents: Iterable[Content | str]) -> list[Verdict]:
+        """Like `check_many`, without blocking the caller's event loop. Cancelling it cancels the engine's work."""
+        return await loop.run(self._check_many(list(contents)))
+
+    async def _check_many(self, contents: Sequence[Content | str]) -> list[Verdict]:
+        started = time.perf_counter()
+        checks = [self._begin(content) for content in contents]
+        if not checks:
+            return []
+        rounds = math.ceil(len(checks) / self.backend.concurrency)
+        try:
+            async with asyncio.timeout(self.settings.timeout * rounds):
+                await self._decide(checks)
+        except TimeoutError:
+            for check in checks:
+                if check.label is None and check.error is None:
+                    seconds = f"{self.settings.timeout * rounds:g} s"
+                    check.error = BackendTimeout(f"The guard model gave no verdict within {seconds}.")
+        latency = (time.perf_counter() - started) * 1000
+        return [self._verdict(check, latency) for check in checks]
+
+    def _begin(self, content: Content | str) -> _Check:
+        content = Content.prompt(content) if isinstance(content, str) else content
+        thinking: Thinking = "skip" if self.settings.reasoning == "never" and not self._scores else "open"
+        return _Check(content, self.prompt.messages(self.policy, content, thinking))
+
+    @property
+    def _scores(self) -> bool:
+        return self.backend.supports_candidates and self.backend.supports_prefill
+
+    async def _decide(self, checks: Sequence[_Check]) -> None:
+        if not self._scores:
+            await self._generate(checks)
+            return
+        uncertain = checks
+        if self.settings.reasoning != "always":
+            await self._score(checks)
+            uncertain = []
+            if self.settings.reasoning == "adaptive":
+                uncertain = [check for check in checks if self._is_uncertain(check)]
+        if uncertain:
+            await self._think(uncertain)
+        await self._name_categories(
+            [check for check in checks if check.label == "unsafe" and check.thought is None]
+        )
+
+    def _is_uncertain(self, check: _Check) -> bool:
+        low, high = self.settings.band
+        return check.score is not None and low <= check.score <= high
+
+    async def _score(
+        self, checks: Sequence[_Check], begin: Callable[[_Check], str] = lambda check: BOX
+    ) -> None:
+        """The probability of each label right after what the answer begins with."""
+
+        def read(check: _Check, completion: Completion) -> None:
+            safe, unsafe = (math.exp(completion.logprobs[label]) for label in LABELS)
+            mass = safe + unsafe
+            # Also true where a broken engine answers with NaN.
+            if not _LEAST_MASS <= mass <= 1.0 + 1e-3:
+                raise VerdictError(
+                    f"Expected the model to answer safe or unsafe; it gave both together a probability of {mass:.2g}."
+                )
+            check.score = unsafe / mass
+            check.label = "unsafe" if check.score >= self.settings.threshold else "safe"
+
+        await self._ask(
+            checks,
+            lambda check: Request(messages=check.messages, prefill=begin(check), candidates=LABELS),
+            read,
+        )
+
+    async def _think(self, checks: Sequence[_Check]) -> None:
+        """A thought within its budget, closed by us whether the model closed it or not, then the scored verdict."""
+        for check in checks:
+            # What was said without a thought no longer counts, also if thinking fails.
+            check.label = check.score = None
+
+        def read(check: _Check, completion: Completion) -> None:
+            check.thought = completion.text.split(THOUGHT_END)[0].strip()
+
+        await self._ask(
+            checks,
+            lambda check: Request(
+                messages=check.messages,
+                prefill=THOUGHT,
+                max_tokens=self.settings.max_reasoning_tokens,
+                stop=(THOUGHT_END, BOX),
+            ),
+            read,
+        )
+        thought = [check for check in checks if check.error is None]
+        await self._score(thought, lambda check: f"{THOUGHT}{check.thought}{THOUGHT_END}\n{BOX}")
+
+    async def _name_categories(self, checks: Sequence[_Check]) -> None:
+        """What a bare unsafe verdict is for. It explains a block and can't lift it."""
+
+        def read(check: _Check, completion: Completion) -> None:
+            check.conclusion = f"Categories:{completion.text}"
+
+        await self._ask(
+            checks,
+            lambda check: Request(
+                messages=check.messages,
+                prefill=f"{BOX}unsafe}}\nCategories:",
+                max_tokens=_CATEGORY_TOKENS,
+                stop=("\n",),
+            ),
+            read,
+            explains=True,
+        )
+
+    async def _generate(self, checks: Sequence[_Check]) -> None:
+        """The whole answer as text, parsed strictly: for engines that can't score."""
+        thinks = self.settings.reasoning != "never"
+
+        def read(check: _Check, completion: Completion) -> None:
+            answer = parse_answer(
+                completion.text, thinking=True if self.settings.reasoning == "always" else None
+            )
+            check.label, check.thought, check.conclusion = answer.label, answer.reasoning, answer.conclusion
+
+        budget = self.settings.max_reasoning_tokens + _ANSWER_TOKENS if thinks else _ANSWER_TOKENS
+        await self._ask(checks, lambda check: Request(messages=check.messages, max_tokens=budget), read)
+
+    async def _ask(
+        self,
+        checks: Sequence[_Check],
+        request: Callable[[_Check], Request],
+        read: Callable[[_Check, Completion], None],
+        *,
+        explains: bool = False,
+    ) -> None:
+        """One engine batch: a request a check, and what is read from each completion.
+
+        Whatever goes wrong becomes the check's error, never its verdict; where the batch only explains a
+        verdict, it changes nothing.
+        """
+        checks = [check for check in checks if check.error is None]
+        if not checks:
+            return
+        for check, completion in zip(checks, await self._complete([request(c) for c in checks]), strict=True):
+            try:
+                if isinstance(completion, BackendError):
+                    raise completion
+                check.usage += completion.usage
+                read(check, completion)
+            except RSafeError as error:
+                if not explains:
+                    check.label, check.error = None, error
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+                if not explains:
+                    check.label = None
+                    check.error = BackendError(
+                        f"The engine {self.backend.model} answered with something that is no completion "
+                        f"({type(error).__name__})."
+                    )
+
+    async def _complete(self, requests: Sequence[Request]) -> Sequence[Completion | BackendError]:
+        try:
+            completions = await self.backend.complete(requests)
+        except BackendError as error:
+            return [error] * len(requests)
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Nobody cancelled this check, so it isn't the caller's cancellation but the engine's failure.
+            return [self._failure(error)] * len(requests)
+        except Exception as error:
+            return [self._failure(error)] * len(requests)
+        if not isinstance(completions, list) or len(completions) != len(requests):
+            failure = BackendError(
+                f"The engine {self.backend.model} didn't answer each of {len(requests)} requests."
+            )
+            return [failure] * len(requests)
+        return completions
+
+    def _failure(self, error: BaseException) -> BackendError:
+        # An engine's own message may quote what it was asked, so only its kind is passed on.
+        failure = BackendError(f"The engine {self.backend.model} failed with {type(error).__name__}.")
+        failure.__cause__ = error
+        return failure
+
+    def _verdict(self, check: _Check, latency: float) -> Verdict:
+        if check.error is None and check.label is None:
+            check.error = BackendError("The guard came to no verdict.")
+        if check.error is not None and self.settings.on_error == "raise":
+            raise check.error
+        known: tuple[str, ...] = ()
+        unknown: tuple[str, ...] = ()
+        if check.label == "unsafe":
+            known, unknown = named_categories(check.thought, check.conclusion, self.policy)
+        failed = check.error is not None
+        return Verdict(
+            label=None if failed else check.label,
+            blocked=self.settings.on_error == "block" if failed else check.label == "unsafe",
+            score=None if failed else check.score,
+            categories=known,
+            unknown_categories=unknown,
+            reasoning=check.thought,
+            error=str(check.error) if failed else None,
+            policy=self.policy.name,
+            model=self.backend.model,
+            usage=check.usage,
+            latency_ms=latency,
+        )

@@ -1,0 +1,146 @@
+"""The guided-reasoning prompt: policy and instructions first, byte-identical from call to call, content last.
+
+The structure is RSafe's (arXiv 2506.07736): task, categories between markers, conversation between markers, the
+thought in `<think>` tags, the answer in a box. The wording stands in `templates/rsafe.jinja`, and a user can
+replace it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from jinja2 import StrictUndefined
+from jinja2 import TemplateError as JinjaError
+from jinja2.sandbox import SandboxedEnvironment
+
+from rsafe_plugins.backends.base import Message
+from rsafe_plugins.errors import TemplateError
+from rsafe_plugins.guard.content import Content, Turn
+from rsafe_plugins.guard.neutralize import neutralize
+from rsafe_plugins.policy import Category, ContentKind, Policy
+
+Thinking = Literal["open", "skip"]
+"""`open`: the template leaves it to the guard whether the model thinks (it begins the answer for it, so one
+prompt serves both ways). `skip`: the template asks for the bare verdict, for engines whose answer can't be begun."""
+
+_PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"
+_SPEAKERS = {"user": "User", "agent": "Agent"}
+_DELIMITER = re.compile(r"<[^<>\n]{1,64}>|\[[/A-Z_ ]{2,40}\]")
+
+
+class GuardPrompt:
+    """Builds the guard's prompt from a policy and a content.
+
+    Args:
+        template: A Jinja template file; None for RSafe's structure in our wording. It sees `categories` (each
+            with `id`, `name`, `description`, `covers`, `allows`), `policy`, `kind` (`prompt`, `response`,
+            `document`, `tool_call`, `tool_result`), `reasoning` (`open` or `skip`) and `conversation`, which
+            must stand in it exactly once. What it makes is one user message.
+
+    Raises:
+        TemplateError: The file can't be read, isn't a Jinja template, or doesn't hold the conversation once.
+    """
+
+    def __init__(self, template: str | Path | None = None) -> None:
+        self.source = str(template) if template is not None else "the built-in template"
+        self._text = _read(template)
+        environment = SandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=False, undefined=StrictUndefined
+        )
+        try:
+            self._template = environment.from_string(self._text)
+        except JinjaError as error:
+            raise TemplateError(f"{self.source} is not a Jinja template: {error}.") from error
+        # Bound to the instance, so that a template's cache goes when the template goes.
+        self._frame = lru_cache(maxsize=32)(self._render_frame)
+
+    @cached_property
+    def delimiters(self) -> tuple[str, ...]:
+        """The tags that structure this template; content can't write them."""
+        return tuple(sorted(set(_DELIMITER.findall(self._text))))
+
+    def messages(self, policy: Policy, content: Content, thinking: Thinking = "open") -> tuple[Message, ...]:
+        """The chat for one content under those categories of the policy that apply to its kind.
+
+        Raises:
+            PolicyError: No category of the policy applies to this kind of content.
+            TemplateError: The template fails on this policy or kind.
+        """
+        before, after = self._frame(policy, content.kind, thinking)
+        return (Message("user", before + "\n".join(self._lines(content)) + after),)
+
+    def _lines(self, content: Content) -> Iterator[str]:
+        for turn in content.history:
+            yield self._turn(turn)
+        if content.kind == "prompt":
+            yield self._turn(Turn("user", content.text))
+        elif content.kind == "response":
+            if content.context:
+                yield self._turn(Turn("user", content.context))
+            yield self._turn(Turn("agent", content.text))
+        elif content.kind == "document":
+            if content.context:
+                yield self._turn(Turn("user", content.context))
+            yield f"Document: {self._safe(content.text)}"
+        else:
+            name = " ".join(self._safe(content.context).split())
+            title = "Tool call" if content.kind == "tool_call" else "Tool result"
+            yield (
+                f"{title} ({name}): {self._safe(content.text)}"
+                if name
+                else f"{title}: {self._safe(content.text)}"
+            )
+
+    def _turn(self, turn: Turn) -> str:
+        return f"{_SPEAKERS[turn.speaker]}: {self._safe(turn.text)}"
+
+    def _safe(self, text: str) -> str:
+        return neutralize(text, self.delimiters)
+
+    def _render_frame(self, policy: Policy, kind: ContentKind, thinking: Thinking) -> tuple[str, str]:
+        """What stands before and after the conversation."""
+        categories = [self._safe_category(category) for category in policy.for_kind(kind).categories]
+        try:
+            text = self._template.render(
+                categories=categories, policy=policy, kind=kind, reasoning=thinking, conversation=_PLACE
+            )
+        except (JinjaError, KeyError, TypeError, ValueError) as error:
+            raise TemplateError(f"{self.source} can't be rendered for a {kind}: {error}.") from error
+        parts = text.split(_PLACE)
+        if len(parts) != 2:
+            raise TemplateError(
+                f"{self.source} must hold {{{{ conversation }}}} exactly once; for a {kind} it stands there "
+                f"{len(parts) - 1} times."
+            )
+        return parts[0], parts[1]
+
+    def _safe_category(self, category: Category) -> Category:
+        return category.model_copy(
+            update={
+                "name": self._safe(category.name),
+                "description": self._safe(category.description),
+                "covers": tuple(map(self._safe, category.covers)),
+                "allows": tuple(map(self._safe, category.allows)),
+            }
+        )
+
+
+def _read(template: str | Path | None) -> str:
+    if template is None:
+        return (
+            resources.files("rsafe_plugins.guard")
+            .joinpath("templates/rsafe.jinja")
+            .read_text("utf-8")
+            .strip()
+        )
+    try:
+        return Path(template).read_text("utf-8")
+    except OSError as error:
+        raise TemplateError(f"The template {template} can't be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise TemplateError(f"The template {template} is not UTF-8 (byte {error.start}).") from error

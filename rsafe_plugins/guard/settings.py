@@ -1,0 +1,117 @@
+"""One set of settings everywhere: `Guard(...)`'s arguments, the environment, `rsafe.yaml`, and the adapters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from rsafe_plugins.backends import Backend
+from rsafe_plugins.errors import SettingsError
+from rsafe_plugins.policy import Policy
+
+Reasoning = Literal["never", "always", "adaptive"]
+OnError = Literal["block", "allow", "raise"]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class GuardSettings(BaseSettings):
+    """A guard's settings.
+
+    What is not given comes from `RSAFE_<NAME>` in the environment, then from `rsafe.yaml` in the working
+    directory, then from the defaults.
+
+    Attributes:
+        policy: A `Policy`, a built-in policy's name, or a policy file's path.
+        backend: A backend object or string.
+        reasoning: `always`: think, then the verdict. `never`: the verdict's probability from one forward pass.
+            `adaptive`: never first, and think where that probability lies inside the band.
+        threshold: Unsafe from this probability on, 0 to 1.
+        band: Lowest and highest probability at which adaptive reasoning thinks.
+        max_reasoning_tokens: Budget of the thought, in tokens; it is closed there and the verdict scored.
+        timeout: Seconds for one check. A batch has that much for each round of checks that the engine works on
+            at once.
+        on_error: What a failed check does: `block`, `allow`, or `raise`.
+        template: A prompt template file; None for the built-in one.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="RSAFE_", yaml_file="rsafe.yaml", extra="forbid", frozen=True, arbitrary_types_allowed=True
+    )
+
+    policy: Policy | str | Path = "rsafe-18"
+    backend: Backend | str = "embedded"
+    reasoning: Reasoning = "adaptive"
+    threshold: Probability = 0.5
+    band: tuple[Probability, Probability] = (0.3, 0.7)
+    max_reasoning_tokens: int = Field(default=256, ge=1)
+    timeout: float = Field(default=60.0, gt=0)
+    on_error: OnError = "block"
+    template: Path | None = None
+
+    @field_validator("timeout")
+    @classmethod
+    def _finite(cls, value: float) -> float:
+        if not math.isfinite(value):
+            raise ValueError("must be a finite number of seconds")
+        return value
+
+    @field_validator("band")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1]:
+            raise ValueError("must be [lowest, highest]")
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments before the environment before the file."""
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any], source: str = "Guard") -> GuardSettings:
+        """Settings from what was given (None means not given) and the other sources.
+
+        Args:
+            given: Values by name.
+            source: What the values come from, for messages.
+
+        Raises:
+            SettingsError: A key is unknown or a value can't be used; the message names it.
+        """
+        try:
+            return cls(**{name: value for name, value in given.items() if value is not None})
+        except ValidationError as error:
+            raise SettingsError(_sentence(error, source)) from error
+        except (yaml.YAMLError, UnicodeDecodeError, OSError, TypeError, ValueError) as error:
+            raise SettingsError(f"rsafe.yaml can't be read as a mapping of settings: {error}") from error
+
+
+def _sentence(error: ValidationError, source: str) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"][:1])
+    if first["type"] == "extra_forbidden":
+        known = ", ".join(GuardSettings.model_fields)
+        return f"{source}: there is no setting {name!r}; the settings are {known}."
+    value = first["input"]
+    shown = (
+        repr(value) if isinstance(value, str | int | float | bool | list | tuple) else type(value).__name__
+    )
+    return f"{source}: the setting {name!r} can't be {shown}: {first['msg']}."

@@ -1,0 +1,160 @@
+"""The verdict, and the strict parser that reads it from what the model generated."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from rsafe_plugins.backends.base import Usage
+from rsafe_plugins.errors import VerdictError
+from rsafe_plugins.policy import Policy
+
+Label = Literal["safe", "unsafe"]
+
+
+class Verdict(BaseModel):
+    """What the guard says of one content.
+
+    Attributes:
+        label: What the model said; None when there is no verdict because something failed.
+        blocked: What to do. Differs from the label only where the guard failed; then it follows `on_error`.
+        score: Probability of unsafe, 0 to 1; None where the engine gives no probabilities.
+        categories: Ids of the policy's categories that the model named, in the policy's order.
+        unknown_categories: What the model named as a category and the policy doesn't have.
+        reasoning: The model's thought, where it thought.
+        error: One sentence on what failed; None for a verdict.
+        policy: Name of the policy.
+        model: Name of the guard model.
+        usage: Tokens used for this verdict.
+        latency_ms: Milliseconds from the call to the verdict; a batch's items share the batch's time.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    label: Label | None
+    blocked: bool
+    score: float | None = None
+    categories: tuple[str, ...] = ()
+    unknown_categories: tuple[str, ...] = ()
+    reasoning: str | None = None
+    error: str | None = None
+    policy: str = ""
+    model: str = ""
+    usage: Usage = Usage()
+    latency_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A parsed answer: the label, the thought if there is one, and the text that may name categories."""
+
+    label: Label
+    reasoning: str | None
+    conclusion: str
+
+
+_OPEN_OR_CLOSE = re.compile(r"<\s*+(/?+)\s*+think\s*+>", re.IGNORECASE | re.ASCII)
+_BOX = re.compile(r"\\\s*+boxed\b", re.IGNORECASE | re.ASCII)
+_MARKUP = r"[\s*_`\"'$]*"
+_BOXED_LABEL = re.compile(
+    rf"\\\s*boxed\s*\{{{_MARKUP}"
+    rf"(?:\\(?:text|textbf|textit|texttt|mathrm|mathbf|mathit)\s*\{{{_MARKUP}(safe|unsafe){_MARKUP}\}}|(safe|unsafe))"
+    rf"{_MARKUP}\}}",
+    re.IGNORECASE | re.ASCII,
+)
+
+
+def parse_answer(text: str, *, thinking: bool | None = None) -> Answer:
+    """Reads the model's whole answer: a closed thought, then exactly one box with one of the two labels.
+
+    Args:
+        text: What the model generated, begun answer included.
+        thinking: True if there must be a thought, False if there must be none, None if either will do.
+
+    Raises:
+        VerdictError: The answer is anything else; never a guess.
+    """
+    reasoning, rest = _split_thought(text)
+    if thinking is True and reasoning is None:
+        raise VerdictError("Expected a thought in <think> tags before the verdict; the answer has none.")
+    if thinking is False and reasoning:
+        raise VerdictError("Expected the bare verdict; the answer holds a thought.")
+    boxes = len(_BOX.findall(rest))
+    if boxes != 1:
+        raise VerdictError(
+            f"Expected exactly one \\boxed{{safe}} or \\boxed{{unsafe}}; the answer has {boxes} boxes."
+        )
+    found = _BOXED_LABEL.search(rest)
+    if found is None:
+        raise VerdictError("Expected safe or unsafe in the box; it holds something else, or isn't closed.")
+    label: Label = "safe" if (found.group(1) or found.group(2)).lower() == "safe" else "unsafe"
+    return Answer(label, reasoning, rest[: found.start()] + rest[found.end() :])
+
+
+def _split_thought(text: str) -> tuple[str | None, str]:
+    """The thought and the text around it; None where there is no thought."""
+    tags = list(_OPEN_OR_CLOSE.finditer(text))
+    if not tags:
+        return None, text
+    if [tag.group(1) for tag in tags] != ["", "/"]:
+        raise VerdictError(
+            "Expected one thought, opened and closed once; the answer's <think> tags don't match."
+        )
+    opening, closing = tags
+    before, thought, after = (
+        text[: opening.start()],
+        text[opening.end() : closing.start()],
+        text[closing.end() :],
+    )
+    if before.strip():
+        raise VerdictError("Expected the answer to begin with its thought; it begins with other text.")
+    return thought.strip(), after
+
+
+_CATEGORIES_LINE = re.compile(r"^[ \t*_]*categor(?:y|ies)[ \t*_]*:(.*)$", re.IGNORECASE | re.MULTILINE)
+_NONE = {"", "none", "n/a", "no", "null", "-"}
+
+
+def named_categories(
+    reasoning: str | None, conclusion: str, policy: Policy
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The categories that the model named: ids of the policy, and names it doesn't have.
+
+    The last line `Categories: ...` counts, the conclusion's before the thought's. Where there is no such line,
+    it is the ids that stand in the last paragraph that names any: a thought that goes through the whole policy
+    names every category, and its end says which were met.
+    """
+    for text in (conclusion, reasoning or ""):
+        lines = _CATEGORIES_LINE.findall(text)
+        if lines:
+            return _listed(lines[-1], policy)
+    for paragraph in reversed(f"{reasoning or ''}\n{conclusion}".splitlines()):
+        mentioned = [category.id for category in policy.categories if _mentions(paragraph, category.id)]
+        if mentioned:
+            return tuple(mentioned), ()
+    return (), ()
+
+
+def _mentions(text: str, identifier: str) -> bool:
+    return re.search(rf"(?<![\w-]){re.escape(identifier)}(?![\w-])", text) is not None
+
+
+def _listed(line: str, policy: Policy) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    known: set[str] = set()
+    unknown: list[str] = []
+    whole = line.strip(" \t\r.*_`[]()")
+    # A category's own name may hold a comma, so the whole line is tried first.
+    names = [whole] if policy.find(whole) else re.split(r"[,;]", whole)
+    for name in names:
+        name = name.strip(" \t\r.*_`\"'[]()")
+        if name.lower() in _NONE:
+            continue
+        category = policy.find(name) or policy.find(re.split(r"[:\s]", name, maxsplit=1)[0])
+        if category is not None:
+            known.add(category.id)
+        elif name not in unknown:
+            unknown.append(name)
+    return tuple(c.id for c in policy.categories if c.id in known), tuple(unknown)

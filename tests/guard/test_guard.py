@@ -1,0 +1,331 @@
+import asyncio
+import math
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from rsafe_plugins import BackendError, BackendTimeout, Content, Guard, PolicyError, RSafeError, VerdictError
+from rsafe_plugins.backends import Backend, Completion, Request
+from rsafe_plugins.testing import ScriptedBackend
+
+SAFE = "<think>fine</think>\\boxed{safe}"
+UNSAFE = "<think>That is theft.\nCategories: U3, X9</think>\\boxed{unsafe}"
+
+
+def scored(
+    unsafe: float, thought: str = "a thought\nCategories: U4", after: float | None = None
+) -> ScriptedBackend:
+    """An engine that scores: `unsafe` for the bare verdict, `after` once it has thought."""
+
+    def candidates(request: Request) -> dict[str, float]:
+        probability = after if after is not None and request.prefill.startswith("<think>") else unsafe
+        return {"safe": 1 - probability, "unsafe": probability}
+
+    def reply(request: Request) -> str:
+        return thought if request.prefill == "<think>" else " U3, Bad Taste"
+
+    return ScriptedBackend(reply, candidates=candidates)
+
+
+async def hang(request: Request) -> str:
+    await asyncio.Event().wait()
+    return SAFE
+
+
+class Broken(Backend):
+    """An engine that doesn't keep its contract."""
+
+    model = "broken"
+
+    def __init__(self, answer: Callable[[Sequence[Request]], Any]) -> None:
+        self._answer = answer
+
+    async def complete(self, requests: Sequence[Request]) -> list[Completion | BackendError]:
+        return self._answer(requests)  # type: ignore[no-any-return]
+
+
+def logprobs(**values: float) -> Callable[[Sequence[Request]], list[Completion]]:
+    return lambda requests: [Completion(logprobs=values)] * len(requests)
+
+
+FAULTS: dict[str, Backend] = {
+    "garbage": ScriptedBackend("I think it is safe."),
+    "empty": ScriptedBackend(""),
+    "two boxes": ScriptedBackend(r"\boxed{safe}\boxed{unsafe}"),
+    "unclosed thought": ScriptedBackend(r"<think>hm \boxed{safe}"),
+    "engine error": ScriptedBackend(BackendError("The engine is down.")),
+    "exception": ScriptedBackend(RuntimeError("CANARY")),
+    "cancelled by itself": ScriptedBackend(asyncio.CancelledError()),
+    "out of memory": ScriptedBackend(MemoryError()),
+    "too few answers": Broken(lambda requests: []),
+    "too many answers": Broken(lambda requests: [Completion(text=SAFE)] * (len(requests) + 1)),
+    "no list": Broken(lambda requests: None),
+    "list of None": Broken(lambda requests: [None] * len(requests)),
+    "no logprobs": Broken(lambda requests: [Completion(text=SAFE)] * len(requests)),
+    "NaN": Broken(logprobs(safe=math.nan, unsafe=math.nan)),
+    "one NaN": Broken(logprobs(safe=0.0, unsafe=math.nan)),
+    "infinite": Broken(logprobs(safe=math.inf, unsafe=0.0)),
+    "huge": Broken(logprobs(safe=1e6, unsafe=0.0)),
+    "more than certain": Broken(logprobs(safe=0.0, unsafe=0.0)),
+    "neither label": Broken(logprobs(safe=-20.0, unsafe=-21.0)),
+    "text for logprobs": Broken(
+        lambda requests: [Completion(logprobs={"safe": "x", "unsafe": "y"})] * len(requests)
+    ),  # type: ignore[dict-item]
+    "hang": ScriptedBackend(hang),
+}
+
+
+@pytest.mark.parametrize("reasoning", ["never", "adaptive", "always"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_blocks(fault: str, reasoning: Any) -> None:
+    verdicts = Guard(backend=FAULTS[fault], reasoning=reasoning, timeout=0.2).check_many(
+        ["CONTENT", "CONTENT"]
+    )
+    for verdict in verdicts:
+        assert (verdict.label, verdict.blocked, verdict.score) == (None, True, None)
+        assert verdict.error
+        assert "CANARY" not in verdict.error
+        assert "CONTENT" not in verdict.error
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_is_let_through_only_if_the_user_said_so(fault: str) -> None:
+    verdict = Guard(backend=FAULTS[fault], on_error="allow", timeout=0.2).check("x")
+    assert (verdict.label, verdict.blocked) == (None, False)
+    assert verdict.error
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_is_raised_if_the_user_said_so(fault: str) -> None:
+    with pytest.raises(RSafeError):
+        Guard(backend=FAULTS[fault], on_error="raise", timeout=0.2).check("x")
+
+
+def test_one_failed_check_leaves_the_others_alone() -> None:
+    guard = Guard(backend=ScriptedBackend([SAFE, "garbage", UNSAFE, BackendError("down")]))
+    assert [verdict.label for verdict in guard.check_many("abcd")] == ["safe", None, "unsafe", None]
+
+
+def test_an_engine_that_fails_while_thinking_leaves_no_verdict() -> None:
+    def reply(request: Request) -> BackendError:
+        return BackendError("down")
+
+    backend = ScriptedBackend(reply, candidates={"safe": 0.55, "unsafe": 0.45})
+    verdict = Guard(backend=backend, reasoning="adaptive").check("x")
+    assert (verdict.label, verdict.blocked, verdict.score) == (None, True, None)
+
+
+def test_a_hang_while_thinking_blocks_only_what_was_uncertain() -> None:
+    def candidates(request: Request) -> dict[str, float]:
+        unsure = "User: unsure" in request.messages[0].content
+        return {"safe": 0.5, "unsafe": 0.5} if unsure else {"safe": 0.99, "unsafe": 0.01}
+
+    guard = Guard(backend=ScriptedBackend(hang, candidates=candidates), timeout=0.2)
+    certain, unsure = guard.check_many(["certain", "unsure"])
+    assert (certain.label, certain.blocked) == ("safe", False)
+    assert (unsure.label, unsure.blocked) == (None, True)
+
+
+def test_a_block_stands_when_its_categories_cannot_be_named() -> None:
+    backend = ScriptedBackend(BackendError("down"), candidates={"safe": 0.05, "unsafe": 0.95})
+    verdict = Guard(backend=backend, reasoning="never").check("x")
+    assert (verdict.label, verdict.blocked, verdict.categories, verdict.error) == ("unsafe", True, (), None)
+
+
+def test_a_verdict_says_what_was_judged_by_whom_and_why() -> None:
+    verdict = Guard(backend=ScriptedBackend(UNSAFE)).check("x")
+    assert verdict.label == "unsafe"
+    assert verdict.blocked
+    assert verdict.categories == ("U3",)
+    assert verdict.unknown_categories == ("X9",)
+    assert verdict.reasoning is not None
+    assert verdict.reasoning.startswith("That is theft.")
+    assert (verdict.policy, verdict.model, verdict.error) == ("rsafe-18", "scripted", None)
+    assert verdict.latency_ms > 0
+
+
+def test_a_list_is_one_engine_batch_in_order() -> None:
+    backend = ScriptedBackend(lambda request: UNSAFE if "User: bad" in request.messages[0].content else SAFE)
+    verdicts = Guard(backend=backend).check_many(["good", "bad"] * 25)
+    assert [verdict.label for verdict in verdicts] == ["safe", "unsafe"] * 25
+    assert len(backend.calls) == 1
+
+
+def test_no_contents_make_no_engine_call() -> None:
+    backend = ScriptedBackend(SAFE)
+    assert Guard(backend=backend).check_many([]) == []
+    assert backend.calls == []
+
+
+def test_never_scores_once_and_does_not_think() -> None:
+    backend = scored(0.1)
+    verdict = Guard(backend=backend, reasoning="never").check("x")
+    assert (verdict.label, verdict.score, verdict.reasoning) == ("safe", pytest.approx(0.1), None)
+    assert [request.prefill for request in backend.requests] == ["\\boxed{"]
+
+
+def test_never_names_the_categories_of_what_it_blocks() -> None:
+    verdict = Guard(backend=scored(0.9), reasoning="never").check("x")
+    assert (verdict.label, verdict.categories, verdict.unknown_categories) == (
+        "unsafe",
+        ("U3",),
+        ("Bad Taste",),
+    )
+
+
+def test_always_thinks_first_and_scores_after_the_thought() -> None:
+    backend = scored(0.1, after=0.8)
+    verdict = Guard(backend=backend, reasoning="always").check("x")
+    assert (verdict.label, verdict.score, verdict.categories) == ("unsafe", pytest.approx(0.8), ("U4",))
+    assert backend.requests[0].prefill == "<think>"
+    assert backend.requests[1].prefill == "<think>a thought\nCategories: U4</think>\n\\boxed{"
+
+
+def test_adaptive_thinks_only_inside_the_band() -> None:
+    for probability, thinks in (
+        (0.1, False),
+        (0.29, False),
+        (0.3, True),
+        (0.5, True),
+        (0.7, True),
+        (0.71, False),
+    ):
+        backend = scored(probability)
+        verdict = Guard(backend=backend, reasoning="adaptive", band=(0.3, 0.7)).check("x")
+        assert (verdict.reasoning is not None) == thinks, probability
+
+
+def test_the_threshold_decides() -> None:
+    for threshold, label in ((0.39, "unsafe"), (0.41, "safe")):
+        assert Guard(backend=scored(0.4), reasoning="never", threshold=threshold).check("x").label == label
+
+
+def test_a_thought_has_a_budget_and_is_closed_for_the_model() -> None:
+    backend = scored(0.5, thought="it goes on and on", after=0.2)
+    verdict = Guard(backend=backend, reasoning="always", max_reasoning_tokens=7).check("x")
+    assert backend.requests[0].max_tokens == 7
+    assert backend.requests[1].prefill.endswith("on and on</think>\n\\boxed{")
+    assert verdict.label == "safe"
+
+
+def test_a_thought_ends_where_the_model_closed_it() -> None:
+    backend = scored(0.5, thought="done</think>\\boxed{safe} now <think>", after=0.9)
+    verdict = Guard(backend=backend, reasoning="always").check("x")
+    assert (verdict.reasoning, verdict.label) == ("done", "unsafe")
+
+
+def test_without_scores_always_wants_a_thought() -> None:
+    verdict = Guard(backend=ScriptedBackend(r"\boxed{safe}"), reasoning="always").check("x")
+    assert verdict.label is None
+    assert verdict.blocked
+
+
+def test_without_scores_never_asks_for_the_bare_verdict() -> None:
+    backend = ScriptedBackend(r"\boxed{safe}")
+    assert Guard(backend=backend, reasoning="never").check("x").label == "safe"
+    assert "at once" in backend.requests[0].messages[0].content
+
+
+def test_a_policy_without_a_category_for_the_kind_is_the_callers_mistake() -> None:
+    with pytest.raises(PolicyError):
+        Guard(policy="prompt-injection", backend=ScriptedBackend(SAFE), on_error="allow").check("x")
+
+
+def test_any_string_at_all_can_be_judged() -> None:
+    guard = Guard(backend=ScriptedBackend(SAFE))
+    for text in ("", " ", "\x00", "\ud800", "é" * 10, "x" * 1_000_000, SAFE, "<|im_end|>", "\u202e"):
+        assert guard.check(text).label == "safe"
+
+
+async def test_sync_methods_work_where_a_loop_is_running() -> None:
+    assert Guard(backend=ScriptedBackend(SAFE)).check("x").label == "safe"
+
+
+async def test_async_methods_give_the_same_verdicts() -> None:
+    guard = Guard(backend=ScriptedBackend(UNSAFE))
+    assert (await guard.acheck("x")).label == guard.check("x").label == "unsafe"
+    assert [verdict.label for verdict in await guard.acheck_many(["x", "y"])] == ["unsafe"] * 2
+
+
+async def test_two_hundred_checks_at_once_come_back_each_to_its_own() -> None:
+    def reply(request: Request) -> str:
+        return UNSAFE if "User: bad" in request.messages[0].content else SAFE
+
+    guard = Guard(backend=ScriptedBackend(reply))
+    verdicts = await asyncio.gather(*(guard.acheck("bad" if n % 3 else "good") for n in range(200)))
+    assert [verdict.label for verdict in verdicts] == ["unsafe" if n % 3 else "safe" for n in range(200)]
+
+
+def test_threads_and_loops_share_one_engine() -> None:
+    loops: set[int] = set()
+
+    async def reply(request: Request) -> str:
+        loops.add(id(asyncio.get_running_loop()))
+        return SAFE
+
+    guard = Guard(backend=ScriptedBackend(reply))
+    with ThreadPoolExecutor(8) as pool:
+        labels = list(pool.map(lambda n: guard.check("x").label, range(32)))
+        labels += pool.map(lambda n: asyncio.run(guard.acheck("x")).label, range(8))
+    assert set(labels) == {"safe"}
+    assert len(loops) == 1
+
+
+async def test_cancelling_a_check_cancels_the_engines_work() -> None:
+    started, cancelled = threading.Event(), threading.Event()
+
+    async def reply(request: Request) -> str:
+        started.set()
+        try:
+            return await hang(request)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    guard = Guard(backend=ScriptedBackend(reply))
+    task = asyncio.create_task(guard.acheck("x"))
+    assert await asyncio.to_thread(started.wait, 5)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await asyncio.to_thread(cancelled.wait, 5)
+
+
+def test_a_sync_call_from_inside_the_engine_is_refused_instead_of_hanging() -> None:
+    guard = Guard(backend=ScriptedBackend(SAFE))
+    nested = Guard(backend=ScriptedBackend(lambda request: str(guard.check("x"))), on_error="raise")
+    with pytest.raises(BackendError, match="RuntimeError"):
+        nested.check("x")
+
+
+def test_a_timeout_is_raised_as_one() -> None:
+    with pytest.raises(BackendTimeout, match=r"0\.1 s"):
+        Guard(backend=ScriptedBackend(hang), timeout=0.1, on_error="raise").check("x")
+
+
+def test_a_batch_has_the_timeout_of_each_round_of_the_engine() -> None:
+    backend = ScriptedBackend(hang)
+    backend.concurrency = 2
+    with pytest.raises(BackendTimeout, match=r"0\.3 s"):
+        Guard(backend=backend, timeout=0.1, on_error="raise").check_many("abcde")
+
+
+def test_a_parse_failure_is_raised_as_one() -> None:
+    with pytest.raises(VerdictError):
+        Guard(backend=ScriptedBackend("?"), on_error="raise").check("x")
+
+
+def test_contents_of_several_kinds_share_a_batch() -> None:
+    backend = ScriptedBackend(SAFE)
+    contents = [
+        Content.prompt("a"),
+        Content.response("b"),
+        Content.document("c"),
+        Content.tool_call("d", {}),
+        Content.tool_result("e"),
+    ]
+    assert len(Guard(backend=backend).check_many(contents)) == 5
+    assert len(backend.calls) == 1
