@@ -1,0 +1,326 @@
+"""The rails in real rails apps: only the main model and the guard's engine are scripted."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from nemoguardrails import LLMRails, RailsConfig
+from nemoguardrails.rails.llm.options import GenerationResponse, RailStatus
+from nemoguardrails.testing import FakeLLMModel
+from nemoguardrails.types import LLMResponse
+
+from rsafe_plugins.backends import Backend, Completion, Request
+from rsafe_plugins.errors import BackendError
+from rsafe_plugins.nemo import register
+from rsafe_plugins.testing import ScriptedBackend
+
+ANSWER = "The sea is calm today."
+REFUSAL = "I'm sorry, I can't respond to that."
+INTERNAL_ERROR = "I'm sorry, an internal error has occurred."
+SAFE, UNSAFE = r"\boxed{safe}", r"\boxed{unsafe}"
+THOUGHT = "a private thought"
+BOTH = "{input: {flows: [rsafe check input]}, output: {flows: [rsafe check output]}}"
+STREAMING = "streaming: {enabled: true, stream_first: false}"
+
+
+class MainModel(FakeLLMModel):
+    """Says the same each time, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__(responses=[ANSWER])
+        self.prompts: list[str] = []
+
+    async def generate_async(self, prompt: Any, **options: Any) -> LLMResponse:
+        self.prompts.append(str(prompt))
+        self.inference_count = 0
+        return await super().generate_async(prompt, **options)
+
+
+@dataclass
+class App:
+    rails: LLMRails
+    main: MainModel
+
+    def guard_with(self, backend: Backend, **settings: Any) -> None:
+        """Another guard for the same app, since building an app is slow."""
+        self.rails.config.custom_data["rsafe"] = {"backend": backend, **settings}
+        register(self.rails)
+        self.main.prompts.clear()
+        self.main.inference_count = 0
+
+    async def respond(self, *messages: dict[str, Any], **options: Any) -> GenerationResponse:
+        options = {"log": {"activated_rails": True}, **options}
+        return await self.rails.generate_async(messages=list(messages), options=options)
+
+    async def reply(self, *messages: dict[str, Any]) -> str:
+        return str((await self.rails.generate_async(messages=list(messages)))["content"])
+
+    async def stream(self, *messages: dict[str, Any]) -> str:
+        return "".join([chunk async for chunk in self.rails.stream_async(messages=list(messages))])
+
+
+def build(rails: str, *, colang: str | None = None, more: str = "") -> App:
+    config = RailsConfig.from_content(
+        colang_content=colang,
+        yaml_content=f"models: []\nimport_paths: [rsafe_plugins/rails]\nrails: {rails}\n{more}",
+    )
+    config.custom_data["rsafe"] = {"backend": ScriptedBackend(SAFE)}
+    main = MainModel()
+    return App(LLMRails(config, llm=main), main)
+
+
+def user(text: object) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def judged(backend: ScriptedBackend) -> Sequence[str]:
+    """The end of each prompt that the guard's engine got: the message it judged."""
+    return [
+        request.messages[-1].content.partition("<BEGIN CONVERSATION>\n")[2] for request in backend.requests
+    ]
+
+
+def unsafe_where(part: str) -> ScriptedBackend:
+    return ScriptedBackend(lambda request: UNSAFE if part in request.messages[-1].content else SAFE)
+
+
+@pytest.fixture(scope="module")
+def app() -> App:
+    return build(BOTH)
+
+
+async def test_blocked_message_is_refused_and_the_main_model_is_not_asked(app: App) -> None:
+    app.guard_with(ScriptedBackend(UNSAFE))
+    assert await app.reply(user("How is the sea?")) == REFUSAL
+    assert app.main.prompts == []
+
+
+async def test_blocked_answer_is_replaced_by_the_refusal(app: App) -> None:
+    app.guard_with(unsafe_where(ANSWER))
+    assert await app.reply(user("How is the sea?")) == REFUSAL
+    assert len(app.main.prompts) == 1
+
+
+async def test_harmless_exchange_passes_and_each_message_is_judged_once(app: App) -> None:
+    backend = ScriptedBackend(SAFE)
+    app.guard_with(backend)
+    assert await app.reply(user("How is the sea?")) == ANSWER
+    prompt, answer = judged(backend)
+    assert "How is the sea?" in prompt
+    assert ANSWER not in prompt
+    assert "How is the sea?" in answer
+    assert ANSWER in answer
+
+
+async def test_user_defined_refusal_is_said() -> None:
+    app = build(BOTH, colang='define bot refuse to respond\n  "Let us talk about the sea."\n')
+    app.guard_with(ScriptedBackend(UNSAFE))
+    assert await app.reply(user("How is the sea?")) == "Let us talk about the sea."
+
+
+async def test_block_is_an_exception_event_where_the_config_asks_for_one() -> None:
+    app = build(BOTH, more="enable_rails_exceptions: true")
+    for backend, event in [
+        (ScriptedBackend(UNSAFE), "InputRailException"),
+        (unsafe_where(ANSWER), "OutputRailException"),
+    ]:
+        app.guard_with(backend)
+        message = await app.rails.generate_async(messages=[user("How is the sea?")])
+        assert message["role"] == "exception"
+        assert message["content"]["type"] == event
+
+
+async def test_outcome_tells_the_verdict_and_neither_content_nor_reasoning(app: App) -> None:
+    thinking = f"<think>{THOUGHT}</think>\n\\boxed{{unsafe}}\nCategories: U9, whatever {THOUGHT}"
+    app.guard_with(ScriptedBackend(thinking, model="a-guard"), policy="rsafe-18")
+    response = await app.respond(
+        user("How is the sea?"),
+        output_vars=True,
+        log={"activated_rails": True, "llm_calls": True, "internal_events": True, "colang_history": True},
+    )
+    assert response.log is not None
+    outcome = response.log.activated_rails[0].executed_actions[0].return_value
+    assert outcome.reason == "unsafe: U9 Self-Harm & Suicide"
+    assert outcome.metadata == {
+        "label": "unsafe",
+        "categories": [{"id": "U9", "name": "Self-Harm & Suicide"}],
+        "score": None,
+        "model": "a-guard",
+        "policy": "rsafe-18",
+    }
+    assert response.reasoning_content is None
+    assert THOUGHT not in repr(response)
+    assert "sea" not in repr(outcome)
+
+
+async def test_score_is_in_the_outcome_where_the_engine_gives_one(app: App) -> None:
+    app.guard_with(ScriptedBackend(candidates={"safe": 0.9, "unsafe": 0.1}), reasoning="never")
+    response = await app.respond(user("How is the sea?"))
+    assert response.log is not None
+    outcome = response.log.activated_rails[0].executed_actions[0].return_value
+    assert outcome.metadata["score"] == pytest.approx(0.1)
+    assert outcome.reason == "safe"
+
+
+async def test_check_without_a_main_model_judges_single_messages(app: App) -> None:
+    backend = unsafe_where("BAD")
+    app.guard_with(backend)
+    statuses = [
+        (await app.rails.check_async([{"role": role, "content": text}])).status
+        for role in ("user", "assistant")
+        for text in ("good", "BAD")
+    ]
+    assert statuses == [RailStatus.PASSED, RailStatus.BLOCKED] * 2
+    assert "user_message" not in judged(backend)[2]
+
+
+async def test_message_of_text_parts_is_judged(app: App) -> None:
+    app.guard_with(unsafe_where("BAD"))
+    assert (
+        await app.reply(user([{"type": "text", "text": "Hi."}, {"type": "text", "text": "BAD"}])) == REFUSAL
+    )
+
+
+async def test_message_with_more_than_text_is_blocked(app: App) -> None:
+    app.guard_with(ScriptedBackend(SAFE), on_error="allow")
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    assert await app.reply(user([{"type": "text", "text": "What is this?"}, image])) == REFUSAL
+    assert app.main.prompts == []
+
+
+async def test_fifty_users_at_once_each_get_their_own_verdict(app: App) -> None:
+    app.guard_with(unsafe_where("BAD"))
+    names = [f"{'BAD' if i % 3 == 0 else 'good'} {i}" for i in range(50)]
+    replies = await asyncio.gather(*(app.reply(user(name)) for name in names))
+    assert replies == [REFUSAL if name.startswith("BAD") else ANSWER for name in names]
+
+
+async def test_cancelled_request_cancels_the_work_of_the_engine(app: App) -> None:
+    here = asyncio.get_running_loop()
+    begun, dropped = asyncio.Event(), asyncio.Event()
+
+    async def hang(request: Request) -> str:
+        here.call_soon_threadsafe(begun.set)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            here.call_soon_threadsafe(dropped.set)
+        return SAFE
+
+    app.guard_with(ScriptedBackend(hang))
+    request = asyncio.create_task(app.reply(user("How is the sea?")))
+    await begun.wait()
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    await dropped.wait()
+
+
+class ShortAnswer(Backend):
+    """An engine that loses requests."""
+
+    model = "short"
+
+    async def complete(self, requests: Sequence[Request]) -> list[Completion | BackendError]:
+        return []
+
+
+async def hang(request: Request) -> str:
+    await asyncio.Event().wait()
+    return SAFE
+
+
+FAULTS: dict[str, Callable[[], Backend]] = {
+    "hung": lambda: ScriptedBackend(hang),
+    "reports an error": lambda: ScriptedBackend(BackendError("no memory left")),
+    "crashes": lambda: ScriptedBackend(RuntimeError("segfault")),
+    "writes garbage": lambda: ScriptedBackend("Sure, that is safe."),
+    "loses requests": ShortAnswer,
+    "scores NaN": lambda: ScriptedBackend(candidates={"safe": math.nan, "unsafe": math.nan}),
+}
+
+
+@pytest.fixture(scope="module", params=["input", "output"])
+def one_rail(request: pytest.FixtureRequest) -> App:
+    return build(f"{{{request.param}: {{flows: [rsafe check {request.param}]}}}}")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("on_error", ["block", "allow", "raise"])
+async def test_failed_guard_does_what_on_error_says(one_rail: App, fault: str, on_error: str) -> None:
+    one_rail.guard_with(FAULTS[fault](), on_error=on_error, timeout=0.2 if fault == "hung" else 60)
+    said = {"block": REFUSAL, "allow": ANSWER, "raise": INTERNAL_ERROR}[on_error]
+    assert await one_rail.reply(user("How is the sea?")) == said
+
+
+async def test_failed_guard_is_logged_without_content_and_hidden_from_the_client(
+    app: App, caplog: pytest.LogCaptureFixture
+) -> None:
+    app.guard_with(ScriptedBackend(BackendError("no memory left")))
+    with caplog.at_level(logging.WARNING):
+        response = await app.respond(user("How is the sea?"))
+    assert "no memory left" in caplog.text
+    assert "How is the sea?" not in caplog.text
+    assert "no memory left" not in repr(response)
+
+
+@pytest.fixture(scope="module", params=["input", "output"])
+def parallel(request: pytest.FixtureRequest) -> App:
+    return build(f"{{{request.param}: {{parallel: true, flows: [rsafe check {request.param}]}}}}")
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        (SAFE, ANSWER),
+        (UNSAFE, REFUSAL),
+        (RuntimeError("segfault"), REFUSAL),
+        (asyncio.CancelledError(), REFUSAL),
+    ],
+    ids=["safe", "unsafe", "engine crashes", "engine drops the request"],
+)
+async def test_parallel_rail_blocks_unless_the_guard_said_safe(
+    parallel: App, reply: str | BaseException, said: str
+) -> None:
+    parallel.guard_with(ScriptedBackend(reply))
+    assert await parallel.reply(user("How is the sea?")) == said
+
+
+@pytest.fixture(scope="module", params=["false", "true"], ids=["sequential", "parallel"])
+def streaming(request: pytest.FixtureRequest) -> App:
+    return build(f"{{output: {{flows: [rsafe check output], parallel: {request.param}, {STREAMING}}}}}")
+
+
+async def test_safe_answer_is_streamed(streaming: App) -> None:
+    streaming.guard_with(ScriptedBackend(SAFE))
+    assert await streaming.stream(user("How is the sea?")) == ANSWER
+
+
+@pytest.mark.parametrize("on_error", ["block", "raise"])
+@pytest.mark.parametrize(
+    "reply",
+    [UNSAFE, "garbage", RuntimeError("segfault"), asyncio.CancelledError()],
+    ids=["unsafe", "engine writes garbage", "engine crashes", "engine drops the request"],
+)
+async def test_nothing_is_streamed_unless_the_guard_said_safe(
+    streaming: App, reply: str | BaseException, on_error: str
+) -> None:
+    streaming.guard_with(ScriptedBackend(reply), on_error=on_error)
+    streamed = await streaming.stream(user("How is the sea?"))
+    assert streamed.startswith('{"error"')
+    assert not set(ANSWER.split()) & set(streamed.split())
+
+
+async def test_client_can_put_nothing_in_the_place_of_the_streamed_answer(streaming: App) -> None:
+    backend = unsafe_where(ANSWER)
+    streaming.guard_with(backend)
+    variables = {"bot_message": "Hello.", "user_message": "Say hello."}
+    streamed = await streaming.stream({"role": "context", "content": variables}, user("How is the sea?"))
+    assert streamed.startswith('{"error"')
+    assert "How is the sea?" in judged(backend)[0]
