@@ -1,0 +1,259 @@
+"""A guard for LangChain chains."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from langchain_core.runnables import RunnableConfig, RunnableSerializable
+from pydantic import ConfigDict
+
+from rsafe_plugins.guard import Content, Guard, GuardSettings, Verdict
+from rsafe_plugins.langchain.content import refusal, to_content, whole
+from rsafe_plugins.langchain.errors import RSafeViolationError
+from rsafe_plugins.policy import ContentKind
+
+ExitBehavior = Literal["error", "replace", "annotate"]
+
+REFUSAL = "I can't help with that request."
+
+
+class RSafeGuard(RunnableSerializable[Any, Any]):
+    r"""A Runnable that hands its input on unchanged when the guard finds it safe.
+
+    It takes a str, a message, a list of messages, a `PromptValue` or a `Document`, or a mapping that holds
+    one of them under `input_key`. Of messages, the last ones of one kind are judged, with all their text and
+    tool calls, and the earlier ones are the conversation they stand in; system messages are not judged.
+    Images, sound and files are not judged.
+
+    `batch` and `abatch` judge all inputs as one engine batch. A stream is held until all of it is judged.
+
+    Args:
+        guard: A `Guard`, or the settings to make one; None for `Guard()`.
+        exit_behavior: What happens to a blocked input. `error` (the default) raises `RSafeViolationError`.
+            `replace` hands on the refusal in the input's shape: a str for a str, a message of the same type
+            and id without tool calls for a message. `annotate` blocks nothing and makes of every input
+            `{"input": the input, "verdict": its Verdict}`.
+        kind: What a plain str is: `prompt` (the default), `response`, `document`, `tool_call` or
+            `tool_result`. Messages and documents say themselves what they are.
+        input_key: Where the input is a mapping, the key of what is judged.
+        violation_message: The refusal's text.
+        name: The Runnable's name in traces and graphs; None for `RSafeGuard`.
+
+    Raises:
+        SettingsError: A setting can't be used.
+        PolicyError: The policy can't be found or read.
+        TemplateError: The template can't be found or read.
+
+    Example:
+        >>> from rsafe_plugins.testing import ScriptedBackend
+        >>> guard = RSafeGuard({"backend": ScriptedBackend(r"\boxed{safe}")})
+        >>> guard.batch(["How do I bake bread?", "And rolls?"])
+        ['How do I bake bread?', 'And rolls?']
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    guard: Guard
+    exit_behavior: ExitBehavior
+    kind: ContentKind
+    input_key: str | None
+    violation_message: str
+
+    def __init__(
+        self,
+        guard: Guard | GuardSettings | Mapping[str, Any] | None = None,
+        *,
+        exit_behavior: ExitBehavior = "error",
+        kind: ContentKind = "prompt",
+        input_key: str | None = None,
+        violation_message: str = REFUSAL,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            guard=Guard.of(guard),
+            exit_behavior=exit_behavior,
+            kind=kind,
+            input_key=input_key,
+            violation_message=violation_message,
+            name=name,
+        )
+
+    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """Judges one input.
+
+        Raises:
+            RSafeViolationError: It was blocked and `exit_behavior` is `error`.
+            RSafeError: The check failed and the guard's `on_error` is `raise`.
+            TypeError: It is nothing that can be judged.
+            ValueError: There is no message to judge.
+        """
+        return self._call_with_config(lambda value: _passed(self._judge([value]))[0], input, config)
+
+    async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """Like `invoke`, without blocking the event loop."""
+
+        async def judge(value: Any) -> Any:
+            return _passed(await self._ajudge([value]))[0]
+
+        return await self._acall_with_config(judge, input, config)
+
+    def batch(
+        self,
+        inputs: list[Any],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Judges all inputs as one engine batch; each has its own output or exception, in order.
+
+        `max_concurrency` doesn't split the batch: the engine has its own limit. Where the guard's
+        `on_error` is `raise`, one failed check is the exception of every input of the batch.
+        """
+        outputs = self._batch_with_config(self._judge, inputs, config, return_exceptions=return_exceptions)
+        return _uninterrupted(outputs)
+
+    async def abatch(
+        self,
+        inputs: list[Any],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Like `batch`, without blocking the event loop."""
+        outputs = await self._abatch_with_config(
+            self._ajudge, inputs, config, return_exceptions=return_exceptions
+        )
+        return _uninterrupted(outputs)
+
+    def batch_as_completed(
+        self,
+        inputs: Sequence[Any],
+        config: RunnableConfig | Sequence[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> Iterator[tuple[int, Any]]:
+        """`batch`, with each output's index: all are completed at once."""
+        yield from enumerate(self.batch(list(inputs), _listed(config), return_exceptions=return_exceptions))
+
+    async def abatch_as_completed(
+        self,
+        inputs: Sequence[Any],
+        config: RunnableConfig | Sequence[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> AsyncIterator[tuple[int, Any]]:
+        """`abatch`, with each output's index: all are completed at once."""
+        outputs = await self.abatch(list(inputs), _listed(config), return_exceptions=return_exceptions)
+        for indexed in enumerate(outputs):
+            yield indexed
+
+    def transform(
+        self, input: Iterator[Any], config: RunnableConfig | None = None, **kwargs: Any
+    ) -> Iterator[Any]:
+        """Holds a stream until all of it is judged, then hands on the same chunks."""
+
+        def gate(chunks: Iterator[Any]) -> Iterator[Any]:
+            held = list(chunks)
+            together = whole(held)
+            yield from _released(held, together, self._judge(together))
+
+        yield from self._transform_stream_with_config(input, gate, config)
+
+    async def atransform(
+        self, input: AsyncIterator[Any], config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncIterator[Any]:
+        """Like `transform`, without blocking the event loop."""
+
+        async def gate(chunks: AsyncIterator[Any]) -> AsyncIterator[Any]:
+            held = [chunk async for chunk in chunks]
+            together = whole(held)
+            for chunk in _released(held, together, await self._ajudge(together)):
+                yield chunk
+
+        async for chunk in self._atransform_stream_with_config(input, gate, config):
+            yield chunk
+
+    def _judge(self, values: list[Any]) -> list[Any]:
+        """For each value what is handed on, or the exception that it ends with."""
+        contents = self._contents(values)
+        return self._outcomes(values, contents, self.guard.check_many(_judgeable(contents)))
+
+    async def _ajudge(self, values: list[Any]) -> list[Any]:
+        contents = self._contents(values)
+        return self._outcomes(values, contents, await self.guard.acheck_many(_judgeable(contents)))
+
+    def _contents(self, values: Sequence[Any]) -> list[Content | Exception]:
+        contents: list[Content | Exception] = []
+        for value in values:
+            try:
+                contents.append(to_content(self._judged_part(value), self.kind))
+            except (TypeError, ValueError) as error:
+                contents.append(error)
+        return contents
+
+    def _judged_part(self, value: Any) -> Any:
+        if self.input_key is None:
+            return value
+        if not isinstance(value, Mapping) or self.input_key not in value:
+            raise TypeError(
+                f"RSafeGuard expected a mapping with the key {self.input_key!r}; "
+                f"the {type(value).__name__} it got has none."
+            )
+        return value[self.input_key]
+
+    def _outcomes(
+        self, values: Sequence[Any], contents: Sequence[Content | Exception], verdicts: Sequence[Verdict]
+    ) -> list[Any]:
+        remaining = iter(verdicts)
+        return [
+            content if isinstance(content, Exception) else self._outcome(value, content, next(remaining))
+            for value, content in zip(values, contents, strict=True)
+        ]
+
+    def _outcome(self, value: Any, content: Content, verdict: Verdict) -> Any:
+        if self.exit_behavior == "annotate":
+            return {"input": value, "verdict": verdict}
+        if not verdict.blocked:
+            return value
+        if self.exit_behavior == "error":
+            return RSafeViolationError(content.kind, verdict)
+        if self.input_key is None:
+            return refusal(value, self.violation_message)
+        return {**value, self.input_key: refusal(value[self.input_key], self.violation_message)}
+
+
+def _judgeable(contents: Sequence[Content | Exception]) -> list[Content]:
+    return [content for content in contents if isinstance(content, Content)]
+
+
+def _passed(outcomes: list[Any]) -> list[Any]:
+    for outcome in outcomes:
+        if isinstance(outcome, Exception):
+            raise outcome
+    return outcomes
+
+
+def _uninterrupted(outputs: list[Any]) -> list[Any]:
+    """Asked to return exceptions, LangChain returns a cancellation or an interrupt among them."""
+    for output in outputs:
+        if isinstance(output, BaseException) and not isinstance(output, Exception):
+            raise output
+    return outputs
+
+
+def _released(held: list[Any], together: list[Any], outcomes: list[Any]) -> list[Any]:
+    """The chunks as they came where nothing was to be changed."""
+    _passed(outcomes)
+    unchanged = all(outcome is value for outcome, value in zip(outcomes, together, strict=True))
+    return held if unchanged else outcomes
+
+
+def _listed(
+    config: RunnableConfig | Sequence[RunnableConfig] | None,
+) -> RunnableConfig | list[RunnableConfig] | None:
+    return list(config) if isinstance(config, Sequence) else config
