@@ -1,0 +1,1 @@
+"""The training stages: labelled data and policies in, an adapter out."""

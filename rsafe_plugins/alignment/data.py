@@ -1,0 +1,71 @@
+"""What a training run reads: files with a share each, and a part held out to watch it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rsafe_plugins.errors import DataError
+from rsafe_plugins.evaluation.items import LabelledItem, read_items
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingFile:
+    """A file of labelled items and how many of them are taken; None for all."""
+
+    path: Path
+    take: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> TrainingFile:
+        """From `FILE` or `FILE@COUNT`.
+
+        Raises:
+            DataError: The count is no positive whole number.
+        """
+        path, mark, count = text.rpartition("@")
+        if not mark:
+            return cls(Path(text))
+        if not count.isdecimal() or int(count) < 1:
+            raise DataError(f"Expected FILE or FILE@COUNT with a count of items, not {text!r}.")
+        return cls(Path(path), int(count))
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """Items to train on, those of the same files that training leaves out, and what was held out."""
+
+    items: list[LabelledItem]
+    unused: list[LabelledItem]
+    held_out: list[LabelledItem]
+
+
+def read_training_data(files: Sequence[TrainingFile], held_out: int, seed: int) -> TrainingData:
+    """Draws each file's share and the part held out of it.
+
+    Args:
+        files: What to read.
+        held_out: Items a file that are never trained on; at most a tenth of it.
+        seed: The same seed draws the same items.
+
+    Raises:
+        DataError: A file can't be read, an id stands in the data twice, or all items have one label.
+    """
+    data = TrainingData([], [], [])
+    for file in files:
+        items = read_items(file.path)
+        random.Random(seed).shuffle(items)
+        first = min(held_out, len(items) // 10)
+        last = len(items) if file.take is None else first + file.take
+        data.held_out.extend(items[:first])
+        data.items.extend(items[first:last])
+        data.unused.extend(items[last:])
+    everything = [*data.items, *data.unused, *data.held_out]
+    if len({item.id for item in everything}) < len(everything):
+        raise DataError("Each item needs an id of its own; some ids stand in the data more than once.")
+    labels = {item.label for item in data.items}
+    if len(labels) < 2:
+        raise DataError(f"Training needs safe and unsafe items; all {len(data.items)} are {labels.pop()}.")
+    return data

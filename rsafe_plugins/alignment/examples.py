@@ -1,0 +1,252 @@
+"""Training examples for the warm start: labelled items under randomized policies, answered with and without a thought.
+
+The guard must read the policy it is given, so the policy changes from batch to batch: as it stands, with its
+categories shuffled, renumbered and reworded, or with only some of them. The label follows from the policy: an
+unsafe item whose category was left out is safe under what is left.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib import resources
+
+import yaml
+
+from rsafe_plugins.alignment.categorize import Categorizer
+from rsafe_plugins.evaluation.items import LabelledItem
+from rsafe_plugins.guard.content import Content
+from rsafe_plugins.guard.neutralize import neutralize
+from rsafe_plugins.guard.verdict import Label
+from rsafe_plugins.policy import Category, Policy
+
+_REFUSALS = ("sorry", "cannot", "can't", "unable", "not able", "won't", "apologize", "not appropriate")
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One content under one policy, with the answers that the guard should give.
+
+    Attributes:
+        content: What is judged.
+        label: What it is under the policy of its batch.
+        categories: The ids that are met, in that policy's ids; None where nobody knows them.
+        thought: A guided-reasoning thought that ends in its `Categories:` line; None where none was made.
+    """
+
+    content: Content
+    label: Label
+    categories: tuple[str, ...] | None
+    thought: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyVariant:
+    """A policy as one batch sees it.
+
+    Attributes:
+        policy: What stands in the prompt.
+        ids: For each category of `rsafe-18` that it still holds, the id under which it does.
+    """
+
+    policy: Policy
+    ids: dict[str, str]
+
+    @property
+    def whole(self) -> bool:
+        """Whether it holds every category."""
+        return len(self.ids) == len(Policy.load("rsafe-18").categories)
+
+
+@lru_cache(maxsize=1)
+def _wordings() -> tuple[dict[str, list[str]], dict[str, list[list[str]]]]:
+    data = yaml.safe_load(
+        resources.files("rsafe_plugins.alignment").joinpath("wordings.yaml").read_text("utf-8")
+    )
+    return data["aliases"], data["wordings"]
+
+
+def category_ids(item: LabelledItem) -> tuple[str, ...]:
+    """The categories of `rsafe-18` behind the source's own words.
+
+    The one that fits best comes first, then the others that a reader could name too; empty where the source
+    names none that is known.
+    """
+    aliases, _ = _wordings()
+    policy = Policy.load("rsafe-18")
+    ids: list[str] = []
+    for name in item.categories:
+        known = policy.find(name)
+        ids.extend(aliases.get(name, [known.id] if known else []))
+    return tuple(dict.fromkeys(ids))
+
+
+def policy_variant(chance: random.Random, *, whole: float = 0.6, reworded: float = 0.2) -> PolicyVariant:
+    """Draws a policy from `rsafe-18`.
+
+    It stays as it stands, or keeps all categories in another order, with other ids and words, or keeps three
+    to nine of them so changed.
+
+    Args:
+        chance: Source of randomness.
+        whole: Share of policies as they stand, 0 to 1.
+        reworded: Share of those that keep every category but change how it is put, 0 to 1.
+    """
+    policy = Policy.load("rsafe-18")
+    draw = chance.random()
+    if draw < whole:
+        return PolicyVariant(policy, {category.id: category.id for category in policy.categories})
+    categories = list(policy.categories)
+    chance.shuffle(categories)
+    if draw >= whole + reworded:
+        categories = categories[: chance.randint(3, 9)]
+    style = chance.choice(("number", "letter", "prefix", "word"))
+    _, wordings = _wordings()
+    changed: list[Category] = []
+    ids: dict[str, str] = {}
+    for position, category in enumerate(categories, 1):
+        name, description = chance.choice([[category.name, category.description], *wordings[category.id]])
+        if chance.random() < 0.2:
+            description = ""
+        ids[category.id] = _identifier(style, position, name)
+        changed.append(Category(id=ids[category.id], name=name, description=description))
+    return PolicyVariant(Policy(name="custom", categories=tuple(changed)), ids)
+
+
+def _identifier(style: str, position: int, name: str) -> str:
+    if style == "number":
+        return str(position)
+    if style == "letter":
+        return chr(ord("A") + position - 1)
+    if style == "prefix":
+        return f"S{position}"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def example(
+    item: LabelledItem, variant: PolicyVariant, categorizer: Categorizer, chance: random.Random
+) -> Example | None:
+    """The item under that policy, or None where nobody can say what it is there."""
+    ids = category_ids(item)
+    label: Label = item.label
+    met: tuple[str, ...] | None = ()
+    nearest = categorizer.nearest(item)
+    if item.unsafe:
+        if not variant.whole:
+            if not ids:
+                return None
+            if ids[0] not in variant.ids:
+                if any(other in variant.ids for other in ids[1:]):
+                    return None
+                label = "safe"
+                nearest = None
+        if label == "unsafe":
+            first = ids[0] if ids else nearest
+            met = (variant.ids[first],) if first else None
+    if label == "safe" and nearest not in variant.ids:
+        nearest = None
+    return Example(item.content(), label, met, _thought(item, variant, label, met, nearest, chance))
+
+
+def injection_example(item: LabelledItem, chance: random.Random) -> Example:
+    """A document, with or without an injected instruction, under the policy `prompt-injection`."""
+    policy = Policy.load("prompt-injection").for_kind("document")
+    first = policy.categories[0]
+    excerpt = _excerpt(item.document, chance)
+    if item.unsafe:
+        judged = f"That speaks to the assistant and gives it orders. {first.id}, {first.name}, is met."
+        thought = f'The document says: "{excerpt}". {judged}'
+        return Example(item.content(), "unsafe", (first.id,), f"{thought}\nCategories: {first.id}")
+    thought = f'The document says: "{excerpt}". It gives the assistant no orders. No category is met.'
+    return Example(item.content(), "safe", (), f"{thought}\nCategories: none")
+
+
+def _thought(
+    item: LabelledItem,
+    variant: PolicyVariant,
+    label: Label,
+    met: tuple[str, ...] | None,
+    nearest: str | None,
+    chance: random.Random,
+) -> str | None:
+    """What is said, which category comes nearest, whether it is met: in one or two short sentences each."""
+    if met is None:
+        return None
+    text = getattr(item, item.task)
+    subject = {"prompt": "The message says", "response": "The answer says", "document": "The document says"}[
+        item.task
+    ]
+    said = f'{subject}: "{_excerpt(text, chance)}".'
+    names = {variant.ids[key]: variant.policy.category(variant.ids[key]).name for key in variant.ids}
+    if label == "unsafe":
+        judged = f"{met[0]}, {names[met[0]]}, comes nearest and is met."
+        return f"{said} {judged}\nCategories: {', '.join(met)}"
+    if item.task == "response" and any(word in text[:160].lower() for word in _REFUSALS):
+        return f"{said} It declines. No category is met.\nCategories: none"
+    if item.unsafe:
+        return f"{said} No category of this policy covers that.\nCategories: none"
+    if nearest is None:
+        return f"{said} Nothing in it comes near a category.\nCategories: none"
+    identifier = variant.ids[nearest]
+    return f"{said} {identifier}, {names[identifier]}, comes nearest but is not met.\nCategories: none"
+
+
+def _excerpt(text: str, chance: random.Random, words: int = 12) -> str:
+    """The beginning of the text, or of a later sentence, as the guard sees it."""
+    sentences = [part for part in text.replace("\n", ". ").split(". ") if len(part.split()) > 3] or [text]
+    sentence = sentences[0] if chance.random() < 0.7 else chance.choice(sentences)
+    return neutralize(" ".join(sentence.split()[:words])).replace('"', "'")
+
+
+def _sometimes(made: Example, thoughts: float, chance: random.Random) -> Example:
+    return made if chance.random() < thoughts else replace(made, thought=None)
+
+
+def batches(
+    items: Sequence[LabelledItem], size: int, seed: int, categorizer: Categorizer, thoughts: float = 0.35
+) -> Iterator[tuple[PolicyVariant, list[Example]]]:
+    """Every item once, in batches that share one policy; an item that the drawn policy can't judge waits.
+
+    Args:
+        items: Labelled items of any task; documents are taken as labelled for injected instructions.
+        size: Examples a batch.
+        seed: The same seed gives the same batches.
+        categorizer: Names the category where the source doesn't.
+        thoughts: Share of examples that carry a thought beside the bare verdict, 0 to 1.
+    """
+    chance = random.Random(seed)
+    documents = [item for item in items if item.task == "document"]
+    waiting = [item for item in items if item.task != "document"]
+    chance.shuffle(documents)
+    chance.shuffle(waiting)
+    while waiting or documents:
+        if documents and chance.random() < len(documents) / (len(documents) + len(waiting)):
+            taken, documents = documents[:size], documents[size:]
+            policy = Policy.load("prompt-injection")
+            yield (
+                PolicyVariant(policy, {}),
+                [_sometimes(injection_example(item, chance), thoughts, chance) for item in taken],
+            )
+            continue
+        if not waiting:
+            continue
+        variant = policy_variant(chance)
+        # One task a batch: its prompts then share all that stands before the conversation.
+        task = chance.choice(waiting).task
+        batch: list[Example] = []
+        rest: list[LabelledItem] = []
+        for position, item in enumerate(waiting):
+            if len(batch) == size:
+                rest.extend(waiting[position:])
+                break
+            made = example(item, variant, categorizer, chance) if item.task == task else None
+            if made is None:
+                rest.append(item)
+            else:
+                batch.append(_sometimes(made, thoughts, chance))
+        waiting = rest
+        if batch:
+            yield variant, batch

@@ -1,0 +1,445 @@
+"""Stage one: a supervised warm start that teaches a small base the format, the task and to read a policy.
+
+Each example is one sequence with two endings, the bare verdict and the thought with its verdict, which see the
+content but not each other. The policy part, shared by a batch, is computed once a step: its keys and values are
+leaves to which every micro-batch adds its gradient, and one backward pass through the policy part ends the step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
+
+from rsafe_plugins.alignment.examples import Example, PolicyVariant
+from rsafe_plugins.errors import RSafeError
+from rsafe_plugins.guard.prompt import GuardPrompt
+
+BARE_PREFILL = "\\boxed{"
+THOUGHT_PREFILL = "<think>"
+
+
+class AlignmentError(RSafeError):
+    """Training can't go on: the data, the base or a setting is wrong, or the loss is no number."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarmStartSettings:
+    """How the warm start trains.
+
+    Attributes:
+        rank: Rank of the LoRA on the linear layers; its alpha is twice that.
+        first_layer: The LoRA begins at this decoder layer, counted from 0; those below stay as they are, and
+            nothing is computed backwards through them.
+        learning_rate: Peak of a linear decay.
+        warmup_steps: Steps of linear warm-up before it.
+        micro_batch: Examples computed at once; only memory and speed depend on it.
+        max_prompt_tokens: A prompt or document is cut after so many tokens, in training only.
+        max_response_tokens: A response likewise; the prompt before it is cut at half as many.
+        category_weight: Weight of the categories that follow a bare verdict; the verdict's is 1.
+        thought_weight: Weight of the thought with its verdict.
+        minutes: The learning rate reaches zero, and training ends, after so many minutes at the latest; None
+            for no limit.
+        seed: Of the adapter's start.
+    """
+
+    rank: int = 16
+    first_layer: int = 0
+    learning_rate: float = 4e-4
+    warmup_steps: int = 10
+    micro_batch: int = 8
+    max_prompt_tokens: int = 128
+    max_response_tokens: int = 96
+    category_weight: float = 0.1
+    thought_weight: float = 0.4
+    minutes: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of one example: what follows the shared part, then its endings with a weight for each target."""
+
+    prompt: list[int]
+    endings: list[tuple[list[int], list[float]]]
+
+
+@dataclass(slots=True)
+class Log:
+    """One line a step, appended to `log.jsonl`."""
+
+    path: Path
+    rows: list[dict[str, float]] = field(default_factory=list)
+
+    def add(self, **row: float) -> None:
+        """Appends one step."""
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def load_base(base: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A causal LM in float32 and its tokenizer, from a Hugging Face name or folder, or from a GGUF file.
+
+    Raises:
+        AlignmentError: It can't be loaded.
+    """
+    path = Path(base)
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(base)}
+    if path.suffix == ".gguf":
+        where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise AlignmentError(f"The base {base} can't be loaded: {error}") from error
+    # The weights are plain tensors now; what is left of the quantization would stop them from being saved.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    return model, tokenizer
+
+
+class Encoder:
+    """Turns a batch of examples into token ids: the part that all share, and each one's own."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: GuardPrompt, settings: WarmStartSettings
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._prompt = prompt
+        self._settings = settings
+
+    def encode(self, variant: PolicyVariant, examples: Sequence[Example]) -> tuple[list[int], list[Encoded]]:
+        """The ids of the shared part, then a sequence an example; together they are the guard's own prompt."""
+        prompts = [self._prompt_ids(variant, example) for example in examples]
+        shared = _common_prefix(prompts)
+        sequences = [
+            Encoded(ids[shared:], self._endings(example))
+            for ids, example in zip(prompts, examples, strict=True)
+        ]
+        return prompts[0][:shared], sequences
+
+    def _prompt_ids(self, variant: PolicyVariant, example: Example) -> list[int]:
+        content = example.content
+        limit = (
+            self._settings.max_response_tokens
+            if content.kind == "response"
+            else self._settings.max_prompt_tokens
+        )
+        short = type(content)(
+            content.kind,
+            self._cut(content.text, limit),
+            self._cut(content.context, limit // 2),
+            content.history,
+        )
+        messages = self._prompt.messages(variant.policy, short)
+        text = self._tokenizer.apply_chat_template(
+            [asdict(message) for message in messages], tokenize=False, add_generation_prompt=True
+        )
+        return self._ids(str(text))
+
+    def _endings(self, example: Example) -> list[tuple[list[int], list[float]]]:
+        settings = self._settings
+        end = str(self._tokenizer.eos_token)
+        verdict = self._ids(f"{example.label}}}")
+        # The label's first token is the verdict; what follows it is spelling.
+        verdict_weights = [1.0, *_spread(0.05, len(verdict) - 1)]
+        named = ""
+        if example.label == "unsafe" and example.categories:
+            named = f"\nCategories: {', '.join(example.categories)}{end}"
+        categories = self._ids(named)
+        bare = self._ids(BARE_PREFILL)
+        endings = [
+            (
+                bare + verdict + categories,
+                [0.0] * len(bare) + verdict_weights + _spread(settings.category_weight, len(categories)),
+            )
+        ]
+        if example.thought is not None:
+            opening = self._ids(THOUGHT_PREFILL)
+            thought = self._ids(f"{example.thought}</think>\n{BARE_PREFILL}{example.label}}}{end}")
+            endings.append(
+                (opening + thought, [0.0] * len(opening) + _spread(settings.thought_weight, len(thought)))
+            )
+        return endings
+
+    def _cut(self, text: str, tokens: int) -> str:
+        ids = self._ids(text)
+        return text if len(ids) <= tokens else str(self._tokenizer.decode(ids[:tokens]))
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _join_processes() -> tuple[int, int]:
+    """This process's rank and the number of processes, as `torchrun` set them up; one process otherwise."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes == 1:
+        return 0, 1
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return torch.distributed.get_rank(), processes
+
+
+def _linear_names(model: Any) -> list[str]:
+    """What the linear modules of the decoder layers are called, such as `q_proj`."""
+    modules = model.model.layers.named_modules()
+    return sorted(
+        {name.rsplit(".", 1)[-1] for name, module in modules if isinstance(module, torch.nn.Linear)}
+    )
+
+
+def _spread(weight: float, tokens: int) -> list[float]:
+    return [weight / tokens] * tokens if tokens else []
+
+
+def _common_prefix(sequences: Sequence[list[int]]) -> int:
+    shortest = min(len(ids) for ids in sequences) - 1
+    first = sequences[0]
+    for position in range(shortest):
+        if any(ids[position] != first[position] for ids in sequences):
+            return position
+    return shortest
+
+
+class WarmStart:
+    """Trains a LoRA adapter on batches of examples; started by `torchrun`, in several processes.
+
+    Args:
+        base: A Hugging Face name or folder, or a GGUF file.
+        prompt: The prompt that the guard will use.
+        settings: How to train.
+        out: Folder for `log.jsonl` and the adapter.
+    """
+
+    def __init__(self, base: str | Path, prompt: GuardPrompt, settings: WarmStartSettings, out: Path) -> None:
+        self.rank, self.processes = _join_processes()
+        torch.manual_seed(settings.seed)
+        model, tokenizer = load_base(base)
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.encoder = Encoder(tokenizer, prompt, settings)
+        self.device = torch.device("cuda", self.rank) if torch.cuda.is_available() else torch.device("cpu")
+        config = LoraConfig(
+            r=settings.rank,
+            lora_alpha=2 * settings.rank,
+            lora_dropout=0.0,
+            target_modules=_linear_names(model),
+            layers_to_transform=list(range(settings.first_layer, model.config.num_hidden_layers)),
+            layers_pattern="layers",
+            task_type="CAUSAL_LM",
+        )
+        self.model: PeftModel = get_peft_model(model, config).to(self.device)
+        out.mkdir(parents=True, exist_ok=True)
+        self.out = out
+        self.log = Log(out / "log.jsonl")
+
+    def train(
+        self,
+        batches: Iterable[tuple[PolicyVariant, list[Example]]],
+        total: int,
+        on_step: Callable[[int, float], None] = lambda seen, loss: None,
+    ) -> None:
+        """One pass over the batches.
+
+        Args:
+            batches: A policy and its examples each; one optimizer step a batch.
+            total: How many examples there will be, for the learning rate.
+            on_step: Called after each step with the examples seen and the step's loss.
+
+        Raises:
+            AlignmentError: The loss is no finite number.
+        """
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=self.settings.learning_rate, weight_decay=0.0)
+        started = time.monotonic()
+        seen = 0
+        for step, (variant, examples) in enumerate(batches):
+            minutes = self._agreed((time.monotonic() - started) / 60)
+            done = max(seen / total, minutes / self.settings.minutes if self.settings.minutes else 0.0)
+            if done >= 1:
+                break
+            rate = self.settings.learning_rate * min(1.0 - done, (step + 1) / self.settings.warmup_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss = self.step(variant, examples)
+            self._join_gradients(parameters)
+            if not math.isfinite(loss):
+                raise AlignmentError(
+                    f"The loss at step {step} is {loss}; lower the learning rate (now {rate:.1e})."
+                )
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+            optimizer.step()
+            optimizer.zero_grad()
+            seen += len(examples)
+            if self.rank == 0:
+                self.log.add(step=step, seen=seen, loss=loss, norm=norm, rate=rate, minutes=minutes)
+            on_step(seen, loss)
+
+    def step(self, variant: PolicyVariant, examples: Sequence[Example]) -> float:
+        """Adds this process's part of the gradient of one batch; returns the batch's mean loss."""
+        shared, sequences = self.encoder.encode(variant, examples)
+        sequences = sorted(sequences, key=lambda s: len(s.prompt) + sum(len(ids) for ids, _ in s.endings))
+        count = len(sequences)
+        sequences = sequences[self.rank :: self.processes]
+        decoder, head = self._parts()
+        prefix = decoder(input_ids=torch.tensor([shared], device=self.device), use_cache=True)
+        layers = [(layer.keys, layer.values) for layer in prefix.past_key_values.layers]
+        leaves = [
+            tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in pair) for pair in layers
+        ]
+        total = 0.0
+        for start in range(0, len(sequences), self.settings.micro_batch):
+            part = sequences[start : start + self.settings.micro_batch]
+            loss = self._loss(decoder, head, leaves, len(shared), part) / count
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        pairs = [
+            (tensor, leaf)
+            for ours in zip(layers, leaves, strict=True)
+            for tensor, leaf in zip(*ours, strict=True)
+        ]
+        trained = [(tensor, leaf.grad) for tensor, leaf in pairs if leaf.grad is not None]
+        if trained:
+            torch.autograd.backward([tensor for tensor, _ in trained], [gradient for _, gradient in trained])
+        return self._agreed(total) * self.processes
+
+    def _agreed(self, value: float) -> float:
+        """The mean over all processes, so that they decide alike."""
+        if self.processes == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(tensor)
+        return float(tensor) / self.processes
+
+    def _join_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        if self.processes == 1:
+            return
+        for parameter in parameters:
+            if (
+                parameter.grad is None
+            ):  # a batch smaller than the number of processes leaves some without work
+                parameter.grad = torch.zeros_like(parameter)
+        joined = torch.cat(
+            [parameter.grad.flatten() for parameter in parameters if parameter.grad is not None]
+        )
+        torch.distributed.all_reduce(joined)
+        for parameter, part in zip(
+            parameters, torch.split(joined, [p.numel() for p in parameters]), strict=True
+        ):
+            parameter.grad = part.view_as(parameter)
+
+    def _parts(self) -> tuple[Any, Any]:
+        base: Any = self.model.get_base_model()
+        return base.model, base.lm_head
+
+    def _loss(
+        self, decoder: Any, head: Any, leaves: Sequence[tuple[Any, ...]], shared: int, part: Sequence[Encoded]
+    ) -> torch.Tensor:
+        layout = lay_out(part, shared)
+        rows = len(part)
+        cache = DynamicCache()
+        for index, (keys, values) in enumerate(leaves):
+            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), index)
+        hidden = decoder(
+            input_ids=layout.ids.to(self.device),
+            attention_mask=layout.mask.to(self.device),
+            position_ids=layout.positions.to(self.device),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        row, column = layout.sources
+        logits = head(hidden[row.to(self.device), column.to(self.device)])
+        losses = functional.cross_entropy(logits.float(), layout.targets.to(self.device), reduction="none")
+        return (losses * layout.weights.to(self.device)).sum()
+
+    @property
+    def base_config(self) -> dict[str, Any]:
+        """The base's configuration, as Hugging Face names it."""
+        base: Any = self.model.get_base_model()
+        return dict(base.config.to_dict())
+
+    def save(self) -> Path:
+        """Writes the PEFT adapter, from the first process; returns its folder."""
+        folder = self.out / "adapter"
+        if self.rank == 0:
+            self.model.save_pretrained(str(folder))
+        return folder
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Padded tensors of one micro-batch of `rows` sequences, `width` tokens wide.
+
+    Attributes:
+        ids: Token ids, (rows, width).
+        positions: Positions counted from the start of the shared part, (rows, width); each ending begins where
+            the prompt ends.
+        mask: Additive attention mask, (rows, 1, width, shared + width): 0 where a token may look, the lowest
+            float where it may not.
+        sources: Rows and columns of the tokens that predict something, each (targets,).
+        targets: The token ids that they should predict, (targets,).
+        weights: Weight of each, (targets,).
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor
+    sources: tuple[torch.Tensor, torch.Tensor]
+    targets: torch.Tensor
+    weights: torch.Tensor
+
+
+def lay_out(part: Sequence[Encoded], shared: int) -> Layout:
+    """Lays sequences side by side, so that the endings of one see its prompt and the shared part, not each other."""
+    width = max(len(s.prompt) + sum(len(ids) for ids, _ in s.endings) for s in part)
+    ids = torch.zeros(len(part), width, dtype=torch.long)
+    positions = torch.full((len(part), width), shared, dtype=torch.long)
+    visible = torch.zeros(len(part), width, shared + width, dtype=torch.bool)
+    visible[:, :, :shared] = True
+    rows: list[int] = []
+    columns: list[int] = []
+    targets: list[int] = []
+    weights: list[float] = []
+    for row, sequence in enumerate(part):
+        length = len(sequence.prompt)
+        ids[row, :length] = torch.tensor(sequence.prompt)
+        positions[row, :length] = torch.arange(shared, shared + length)
+        visible[row, :length, shared : shared + length] = torch.ones(length, length).tril().bool()
+        start = length
+        for tokens, token_weights in sequence.endings:
+            end = start + len(tokens)
+            ids[row, start:end] = torch.tensor(tokens)
+            positions[row, start:end] = torch.arange(shared + length, shared + length + len(tokens))
+            visible[row, start:end, shared : shared + length] = True
+            visible[row, start:end, shared + start : shared + end] = (
+                torch.ones(len(tokens), len(tokens)).tril().bool()
+            )
+            for offset in range(1, len(tokens)):
+                if token_weights[offset] > 0:
+                    rows.append(row)
+                    columns.append(start + offset - 1)
+                    targets.append(tokens[offset])
+                    weights.append(token_weights[offset])
+            start = end
+    mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+    return Layout(
+        ids,
+        positions,
+        mask.unsqueeze(1),
+        (torch.tensor(rows), torch.tensor(columns)),
+        torch.tensor(targets),
+        torch.tensor(weights),
+    )

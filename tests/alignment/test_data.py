@@ -1,0 +1,55 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from rsafe_plugins.alignment.data import TrainingFile, read_training_data
+from rsafe_plugins.errors import DataError
+
+
+def write(path: Path, count: int, labels: tuple[str, ...] = ("safe", "unsafe")) -> Path:
+    rows = [
+        {"id": f"{path.stem}-{n}", "task": "prompt", "prompt": f"p {n}", "label": labels[n % len(labels)]}
+        for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_file_gives_its_share_and_what_is_held_out_is_never_trained_on(tmp_path: Path) -> None:
+    files = [
+        TrainingFile(write(tmp_path / "a.jsonl", 100), 50),
+        TrainingFile(write(tmp_path / "b.jsonl", 20)),
+    ]
+    data = read_training_data(files, held_out=5, seed=0)
+    assert (len(data.items), len(data.held_out), len(data.unused)) == (50 + 18, 5 + 2, 45)
+    ids = [item.id for item in (*data.items, *data.held_out, *data.unused)]
+    assert len(ids) == len(set(ids)) == 120
+
+
+def test_the_seed_decides_what_is_drawn(tmp_path: Path) -> None:
+    file = TrainingFile(write(tmp_path / "a.jsonl", 100), 10)
+    first, again, other = (read_training_data([file], 5, seed).items for seed in (1, 1, 2))
+    assert first == again != other
+
+
+@pytest.mark.parametrize("text", ["a.jsonl@", "a.jsonl@0", "a.jsonl@-1", "a.jsonl@many"])
+def test_a_count_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(DataError, match="FILE@COUNT"):
+        TrainingFile.parse(text)
+
+
+def test_a_path_with_and_without_a_count_is_read() -> None:
+    assert TrainingFile.parse("x/a.jsonl") == TrainingFile(Path("x/a.jsonl"))
+    assert TrainingFile.parse("x/a.jsonl@7") == TrainingFile(Path("x/a.jsonl"), 7)
+
+
+def test_data_of_one_label_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="all 18 are safe"):
+        read_training_data([TrainingFile(write(tmp_path / "a.jsonl", 20, ("safe",)))], 5, 0)
+
+
+def test_an_id_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    file = TrainingFile(write(tmp_path / "a.jsonl", 20))
+    with pytest.raises(DataError, match="more than once"):
+        read_training_data([file, file], 5, 0)

@@ -1,0 +1,124 @@
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from rsafe_plugins import Category, Content, Policy
+from rsafe_plugins.alignment.examples import Example, PolicyVariant
+
+torch = pytest.importorskip("torch", reason="training needs torch")
+
+from rsafe_plugins.alignment.warm_start import AlignmentError, WarmStart, WarmStartSettings  # noqa: E402
+from rsafe_plugins.guard.prompt import GuardPrompt  # noqa: E402
+
+pytestmark = pytest.mark.align
+
+POLICY = Policy(name="p", categories=(Category(id="A", name="Theft"), Category(id="B", name="Hate")))
+VARIANT = PolicyVariant(POLICY, {"U3": "A", "U7": "B"})
+EXAMPLES = [
+    Example(Content.prompt("how to steal a car"), "unsafe", ("A",), "It is theft.\nCategories: A"),
+    Example(Content.prompt("hi"), "safe", (), None),
+    Example(Content.prompt("how to bake a cake with plums"), "safe", (), "Nothing.\nCategories: none"),
+]
+
+
+def stage(base: Path, out: Path, **settings: object) -> WarmStart:
+    return WarmStart(base, GuardPrompt(), WarmStartSettings(micro_batch=2, **settings), out)  # type: ignore[arg-type]
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("first_layer", [0, 1])
+def test_sharing_the_policy_part_gives_the_gradient_of_whole_sequences(
+    tiny_base: Path, tmp_path: Path, first_layer: int
+) -> None:
+    warm = stage(tiny_base, tmp_path, first_layer=first_layer)
+    for name, parameter in warm.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    loss = warm.step(VARIANT, EXAMPLES)
+    shared_gradients = gradients(warm.model)
+    warm.model.zero_grad()
+    shared, sequences = warm.encoder.encode(VARIANT, EXAMPLES)
+    whole = torch.zeros(())
+    for sequence in sequences:
+        for tokens, weights in sequence.endings:
+            start = len(shared) + len(sequence.prompt)
+            logits = warm.model(input_ids=torch.tensor([shared + sequence.prompt + tokens])).logits[
+                0, start:-1
+            ]
+            losses = torch.nn.functional.cross_entropy(logits, torch.tensor(tokens[1:]), reduction="none")
+            whole = whole + (losses * torch.tensor(weights[1:])).sum() / len(sequences)
+    whole.backward()
+    assert loss == pytest.approx(float(whole.detach()), rel=1e-4)
+    expected = gradients(warm.model)
+    assert shared_gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.allclose(shared_gradients[name], gradient, rtol=1e-3, atol=1e-6), name
+
+
+def test_training_lowers_the_loss_changes_the_adapter_and_keeps_a_log(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    warm = stage(tiny_base, tmp_path, learning_rate=5e-3, warmup_steps=1)
+    warm.train([(VARIANT, EXAMPLES)] * 12, total=36 * 2)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["seen"] == 36
+    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
+    folder = warm.save()
+    from safetensors.torch import load_file
+
+    tensors = load_file(str(folder / "adapter_model.safetensors"))
+    assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if "lora_B" in name)
+
+
+def test_the_same_seed_trains_the_same_adapter(tiny_base: Path, tmp_path: Path) -> None:
+    losses = []
+    for run in ("a", "b"):
+        warm = stage(tiny_base, tmp_path / run, warmup_steps=1)
+        warm.train([(VARIANT, EXAMPLES)] * 3, total=18)
+        losses.append([row["loss"] for row in warm.log.rows])
+    assert losses[0] == losses[1]
+
+
+def test_the_time_limit_ends_training(tiny_base: Path, tmp_path: Path) -> None:
+    warm = stage(tiny_base, tmp_path, minutes=1e-9)
+    warm.train([(VARIANT, EXAMPLES)] * 5, total=100)
+    assert len(warm.log.rows) == 0
+
+
+def test_a_loss_that_is_no_number_stops_training(tiny_base: Path, tmp_path: Path) -> None:
+    warm = stage(tiny_base, tmp_path)
+    for name, parameter in warm.model.named_parameters():
+        if "lora_A" in name:
+            torch.nn.init.constant_(parameter, float("nan"))
+    with pytest.raises(AlignmentError, match="loss at step 0 is nan"):
+        warm.train([(VARIANT, EXAMPLES)], total=3)
+
+
+def test_the_trained_text_is_the_guards_own_prompt(tiny_base: Path, tmp_path: Path) -> None:
+    warm = stage(tiny_base, tmp_path)
+    shared, sequences = warm.encoder.encode(VARIANT, EXAMPLES)
+    (message,) = GuardPrompt().messages(POLICY, EXAMPLES[0].content)
+    text = warm.tokenizer.decode(shared + sequences[0].prompt)
+    assert text == f"<|im_start|>user\n{message.content}<|im_end|>\n<|im_start|>assistant\n"
+    endings = [warm.tokenizer.decode(tokens) for tokens, _ in sequences[0].endings]
+    assert endings == [
+        "\\boxed{unsafe}\nCategories: A<|im_end|>",
+        "<think>It is theft.\nCategories: A</think>\n\\boxed{unsafe}<|im_end|>",
+    ]
+
+
+def test_a_base_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(AlignmentError, match="nowhere"):
+        stage(tmp_path / "nowhere", tmp_path)
+
+
+def test_a_long_content_is_cut_in_training_only(tiny_base: Path, tmp_path: Path) -> None:
+    warm = stage(tiny_base, tmp_path, max_prompt_tokens=10)
+    long = Example(Content.prompt("x" * random.Random(0).randint(500, 600)), "safe", (), None)
+    shared, sequences = warm.encoder.encode(VARIANT, [long])
+    assert warm.tokenizer.decode(shared + sequences[0].prompt).count("x" * 10) == 1
