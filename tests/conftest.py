@@ -6,5 +6,5 @@ import os
 os.environ["NEMO_GUARDRAILS_NO_USAGE_STATS"] = "1"
 
 # What a developer has set for their own guard must not reach the tests.
-for name in [name for name in os.environ if name.startswith("RSAFE_") and name != "RSAFE_CACHE"]:
+for name in [name for name in os.environ if name.startswith("RSAFE_") and name != "RSAFE_CACHE_DIR"]:
     del os.environ[name]

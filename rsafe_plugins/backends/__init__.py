@@ -1,11 +1,35 @@
 """The shared inference backend: one contract, one module an engine."""
 
+from __future__ import annotations
+
 from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from rsafe_plugins.backends.base import Backend, Completion, Message, Request, Usage
 from rsafe_plugins.errors import SettingsError
 
-__all__ = ["Backend", "Completion", "Message", "Request", "Usage", "backend_from_string", "shared_backend"]
+if TYPE_CHECKING:
+    from rsafe_plugins.backends.llamacpp import LlamaCppBackend
+
+__all__ = [
+    "Backend",
+    "Completion",
+    "LlamaCppBackend",
+    "Message",
+    "Request",
+    "Usage",
+    "backend_from_string",
+    "shared_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # An engine's module is imported when it is first asked for.
+    if name == "LlamaCppBackend":
+        from rsafe_plugins.backends.llamacpp import LlamaCppBackend
+
+        return LlamaCppBackend
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @cache
@@ -22,15 +46,12 @@ def backend_from_string(text: str) -> Backend:
 
     Raises:
         SettingsError: The string names no backend.
-        BackendUnavailable: The engine's package isn't installed.
     """
+    from rsafe_plugins.backends.llamacpp import LlamaCppBackend
+
     engine, _, rest = text.partition(":")
     if text == "embedded":
-        from rsafe_plugins.backends.llamacpp import LlamaCppBackend
-
         return LlamaCppBackend()
     if engine == "llamacpp" and rest:
-        from rsafe_plugins.backends.llamacpp import LlamaCppBackend
-
-        return LlamaCppBackend(rest, adapter=None)
+        return LlamaCppBackend(rest)
     raise SettingsError(f"backend must be 'embedded' or 'llamacpp:PATH', not {text!r}.")

@@ -316,7 +316,8 @@ class Guard:
                 raise
             # Nobody cancelled this check, so it isn't the caller's cancellation but the engine's failure.
             return [self._failure(error)] * len(requests)
-        except Exception as error:
+        except BaseException as error:
+            # An engine that exits, too: it would take the loop of all guards with it.
             return [self._failure(error)] * len(requests)
         if not isinstance(completions, list) or len(completions) != len(requests):
             failure = BackendError(

@@ -33,9 +33,14 @@ def test_items_of_two_guards_go_each_to_its_own() -> None:
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     store = tmp_path / "verdicts.jsonl"
-    dying = Guard(backend=ScriptedBackend(["\\boxed{safe}"] * 6 + [KeyboardInterrupt()] * 20))
+    guard = Guard(backend=ScriptedBackend("\\boxed{safe}"))
+
+    def stop(done: int) -> None:
+        if done == 6:
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        judge(ITEMS, lambda item: dying, store, batch=3)
+        judge(ITEMS, lambda item: guard, store, batch=3, on_progress=stop)
     backend = ScriptedBackend("\\boxed{safe}")
     verdicts = judge(ITEMS, lambda item: Guard(backend=backend), store, batch=3)
     assert len(verdicts) == 20

@@ -59,6 +59,8 @@ FAULTS: dict[str, Backend] = {
     "engine error": ScriptedBackend(BackendError("The engine is down.")),
     "exception": ScriptedBackend(RuntimeError("CANARY")),
     "cancelled by itself": ScriptedBackend(asyncio.CancelledError()),
+    "exits": ScriptedBackend(SystemExit()),
+    "interrupted by itself": ScriptedBackend(KeyboardInterrupt()),
     "out of memory": ScriptedBackend(MemoryError()),
     "too few answers": Broken(lambda requests: []),
     "too many answers": Broken(lambda requests: [Completion(text=SAFE)] * (len(requests) + 1)),

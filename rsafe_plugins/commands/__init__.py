@@ -1,0 +1,1 @@
+"""The subcommands of `rsafe`, one module each; `rsafe_plugins.cli` puts them together."""

@@ -1,0 +1,179 @@
+"""`rsafe doctor`: what works, what is missing, and the command that mends it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+
+import click
+from rich.text import Text
+
+from rsafe_plugins import BackendUnavailable, Policy, PolicyError, RSafeError, SettingsError
+from rsafe_plugins.commands import common
+from rsafe_plugins.guard import GuardSettings
+
+WORKS, FAILED = 0, 3
+
+# What can be installed beside the embedded guard, and the extra that brings it.
+OPTIONAL = {
+    "nemoguardrails": "nemo",
+    "langchain-core": "langchain",
+    "langchain": "langchain",
+    "llama-index-core": "llama-index",
+    "transformers": "transformers",
+    "torch": "transformers",
+    "vllm": "vllm",
+    "openai": "openai",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        name: What it is.
+        ok: Whether it is as it should be; None for what the embedded guard doesn't need.
+        detail: What was found, in a few words.
+        mend: The command that mends it, or what to do.
+    """
+
+    name: str
+    ok: bool | None
+    detail: str
+    mend: str | None = None
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
+def doctor(as_json: bool) -> int:
+    """Shows what works, what is missing, and how to mend it.
+
+    Exit status: 0 the embedded guard works, 3 it doesn't.
+    """
+    embedded = list(_embedded_guard())
+    findings = [*embedded, *_settings(), *_optional()]
+    works = all(finding.ok for finding in embedded)
+    if as_json:
+        common.print_json({"works": works, "findings": [asdict(finding) for finding in findings]})
+    else:
+        _print(findings, works)
+    return WORKS if works else FAILED
+
+
+def _embedded_guard() -> Iterator[Finding]:
+    yield Finding("python", True, f"{platform.python_version()}, {sys.executable}")
+    yield Finding("rsafe-plugins", True, version("rsafe-plugins"))
+    engine = _installed("xllamacpp")
+    yield Finding(
+        "engine xllamacpp",
+        engine is not None,
+        engine or "not installed",
+        None if engine else _pip("embedded"),
+    )
+    weights = _weights()
+    yield weights
+    yield _adapter()
+    if engine is not None and weights.ok:
+        yield from _verdict()
+
+
+def _weights() -> Finding:
+    from rsafe_plugins.backends.weights import MODEL_VARIABLE, chosen_model, describe_weights, verify_weights
+
+    weights = describe_weights()
+    if chosen_model() is not None:
+        mend = None if weights.present else f"set {MODEL_VARIABLE} to a GGUF file, or unset it"
+        return Finding("weights", weights.present, f"{weights.path} ({MODEL_VARIABLE})", mend)
+    if not weights.present:
+        detail = f"not fetched yet: {weights.size / 1e6:.0f} MB, {weights.source}"
+        return Finding("weights", False, detail, 'rsafe check "hello"')
+    try:
+        verify_weights()
+    except BackendUnavailable as error:
+        return Finding(
+            "weights", False, str(error), f"rm {shlex.quote(str(weights.path))} && rsafe check hello"
+        )
+    return Finding("weights", True, f"{weights.path}, {weights.size / 1e6:.0f} MB, SHA-256 verified")
+
+
+def _adapter() -> Finding:
+    from rsafe_plugins.backends.weights import MODEL_VARIABLE, chosen_model
+
+    if chosen_model() is not None:
+        return Finding("adapter", None, f"not used with {MODEL_VARIABLE}")
+    adapters = sorted(path.name for path in Path(str(files("rsafe_plugins.backends"))).glob("data/*.gguf"))
+    if not adapters:
+        return Finding("adapter", False, "missing from the package", _pip("embedded", "--force-reinstall"))
+    return Finding("adapter", True, ", ".join(adapters))
+
+
+def _verdict() -> Iterator[Finding]:
+    try:
+        guard = common.make_guard(backend="embedded", policy="rsafe-18", reasoning="never", on_error="raise")
+        verdict = guard.check("What is the capital of France?")
+    except RSafeError as error:
+        yield Finding("a verdict", False, str(error))
+    else:
+        yield Finding("a verdict", True, f"{verdict.label}, in {verdict.latency_ms / 1000:.2f} s")
+
+
+def _settings() -> Iterator[Finding]:
+    variables = sorted(name for name in os.environ if name.startswith("RSAFE_"))
+    sources = [*variables, *(["rsafe.yaml"] if Path("rsafe.yaml").exists() else [])]
+    try:
+        settings = GuardSettings.read({})
+        policy = settings.policy if isinstance(settings.policy, Policy) else Policy.load(settings.policy)
+    except (SettingsError, PolicyError) as error:
+        yield Finding("settings", False, str(error), f"correct it in {' or '.join(sources)}")
+        return
+    in_force = {"policy": policy.name, "backend": _without_password(str(settings.backend))}
+    in_force |= settings.model_dump(exclude={"policy", "backend"}, exclude_none=True)
+    shown = ", ".join(f"{name}={value}" for name, value in in_force.items())
+    yield Finding("settings", True, f"{shown} (from {', '.join(sources) or 'the defaults'})")
+
+
+def _optional() -> Iterator[Finding]:
+    for package, extra in OPTIONAL.items():
+        found = _installed(package)
+        mend = _pip(extra)
+        if package == "vllm":
+            # It pins a torch and a transformers of its own, and would take those of the others away.
+            mend = "python3 -m venv vllm-env && " + _pip(extra, python="vllm-env/bin/python")
+        yield Finding(package, None, found or "not installed", None if found else mend)
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _pip(extra: str, *options: str, python: str = sys.executable) -> str:
+    return shlex.join([python, "-m", "pip", "install", *options, f"rsafe-plugins[{extra}]"])
+
+
+def _without_password(backend: str) -> str:
+    return re.sub(r"//[^/@]*@", "//…@", backend)
+
+
+def _print(findings: list[Finding], works: bool) -> None:
+    console = common.console()
+    marks = {True: Text("ok   ", style="green"), False: Text("WRONG", style="bold red"), None: Text("     ")}
+    for finding in findings:
+        line = Text.assemble(marks[finding.ok], f" {finding.name:<17}", common.printable(finding.detail))
+        console.print(line, soft_wrap=True)
+        if finding.mend:
+            # Whole, on a line of its own: to be copied.
+            console.print(Text(f"{'':<6}> {common.printable(finding.mend)}", style="cyan"), soft_wrap=True)
+    outcome = "The embedded guard works." if works else "The embedded guard does not work."
+    console.print(Text(outcome, style="bold green" if works else "bold red"))

@@ -1,0 +1,53 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from rsafe_plugins.cli import main
+
+pytest.importorskip("torch", reason="training needs torch")
+pytestmark = pytest.mark.align
+
+
+def write(path: Path, labels: tuple[str, ...] = ("safe", "unsafe")) -> Path:
+    rows = [
+        {"id": str(n), "task": "prompt", "prompt": f"text {n}", "label": labels[n % len(labels)]}
+        for n in range(40)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_training_leaves_an_adapter_for_peft_and_for_llama_cpp_and_says_what_was_done(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = write(tmp_path / "data.jsonl"), tmp_path / "run"
+    status = main(
+        ["align", "--stage", "warm-start", f"{data}@20", "--base", str(tiny_base), "--out", str(out)]
+        + ["--batch", "8", "--held-out", "4", "--json"]
+    )
+    printed = capsys.readouterr().out
+    assert status == 0
+    report = json.loads(printed)
+    assert report == json.loads((out / "run.json").read_text())
+    assert report["items"] == 20
+    assert Path(report["gguf"]).read_bytes()[:4] == b"GGUF"
+    assert (out / "adapter" / "adapter_model.safetensors").exists()
+    assert len((out / "log.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [("missing.jsonl", "missing.jsonl"), ("data.jsonl@x", "FILE@COUNT"), ("safe.jsonl", "are safe")],
+)
+def test_data_that_cannot_be_used_is_one_sentence_and_status_2(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, says: str
+) -> None:
+    write(tmp_path / "data.jsonl")
+    write(tmp_path / "safe.jsonl", ("safe",))
+    command = ["align", "--stage", "warm-start", str(tmp_path / file), "--base", str(tiny_base)]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 2
+    printed = capsys.readouterr()
+    assert says in printed.err
+    assert "Traceback" not in printed.err
+    assert printed.out == ""
