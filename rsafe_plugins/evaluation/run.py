@@ -40,19 +40,20 @@ def judge(
     Raises:
         DataError: The store holds something else than verdicts.
     """
-    keys = [_key(item, guard_for(item)) for item in items]
+    guards = [guard_for(item) for item in items]
+    keys = [_key(item, guard) for item, guard in zip(items, guards, strict=True)]
     known = _stored(store)
-    waiting = [(key, item) for key, item in zip(keys, items, strict=True) if key not in known]
+    waiting = [row for row in zip(keys, items, guards, strict=True) if row[0] not in known]
     on_progress(len(items) - len(waiting))
     done = len(items) - len(waiting)
     while waiting:
-        guard = guard_for(waiting[0][1])
-        part = [pair for pair in waiting[:batch] if guard_for(pair[1]) is guard]
-        verdicts = guard.check_many(item.content() for _, item in part)
-        fresh = {key: verdict for (key, _), verdict in zip(part, verdicts, strict=True)}
+        guard = waiting[0][2]
+        part = [row for row in waiting[:batch] if row[2] is guard]
+        verdicts = guard.check_many(item.content() for _, item, _ in part)
+        fresh = {key: verdict for (key, _, _), verdict in zip(part, verdicts, strict=True)}
         _append(store, fresh)
         known.update(fresh)
-        waiting = [pair for pair in waiting if pair[0] not in fresh]
+        waiting = [row for row in waiting if row[0] not in fresh]
         done += len(part)
         on_progress(done)
     return [known[key] for key in keys]

@@ -23,8 +23,21 @@ def test_training_leaves_an_adapter_for_peft_and_for_llama_cpp_and_says_what_was
 ) -> None:
     data, out = write(tmp_path / "data.jsonl"), tmp_path / "run"
     status = main(
-        ["align", "--stage", "warm-start", f"{data}@20", "--base", str(tiny_base), "--out", str(out)]
-        + ["--batch", "8", "--held-out", "4", "--json"]
+        [
+            "align",
+            "--stage",
+            "warm-start",
+            f"{data}@20",
+            "--base",
+            str(tiny_base),
+            "--out",
+            str(out),
+            "--batch",
+            "8",
+            "--held-out",
+            "4",
+            "--json",
+        ]
     )
     printed = capsys.readouterr().out
     assert status == 0
@@ -33,7 +46,7 @@ def test_training_leaves_an_adapter_for_peft_and_for_llama_cpp_and_says_what_was
     assert report["items"] == 20
     assert Path(report["gguf"]).read_bytes()[:4] == b"GGUF"
     assert (out / "adapter" / "adapter_model.safetensors").exists()
-    assert len((out / "log.jsonl").read_text().splitlines()) == 3
+    assert json.loads((out / "log.jsonl").read_text().splitlines()[-1])["seen"] == 20
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_training_lowers_the_loss_changes_the_adapter_and_keeps_a_log(
     warm.train([(VARIANT, EXAMPLES)] * 12, total=36 * 2)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert log[-1]["seen"] == 36
-    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
+    assert log[-1]["loss"] < log[0]["loss"] - 0.2
     folder = warm.save()
     from safetensors.torch import load_file
 
