@@ -22,23 +22,8 @@ def test_training_leaves_an_adapter_for_peft_and_for_llama_cpp_and_says_what_was
     tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, out = write(tmp_path / "data.jsonl"), tmp_path / "run"
-    status = main(
-        [
-            "align",
-            "--stage",
-            "warm-start",
-            f"{data}@20",
-            "--base",
-            str(tiny_base),
-            "--out",
-            str(out),
-            "--batch",
-            "8",
-            "--held-out",
-            "4",
-            "--json",
-        ]
-    )
+    command = ["align", "--stage", "warm-start", f"{data}@20", "--base", str(tiny_base), "--out", str(out)]
+    status = main([*command, "--batch", "8", "--held-out", "4", "--json"])
     printed = capsys.readouterr().out
     assert status == 0
     report = json.loads(printed)
