@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+import threading
 from typing import TYPE_CHECKING, Any
 
 from rsafe_plugins.backends.base import Backend, Completion, Message, Request, Usage
@@ -10,12 +10,14 @@ from rsafe_plugins.errors import SettingsError
 
 if TYPE_CHECKING:
     from rsafe_plugins.backends.llamacpp import LlamaCppBackend
+    from rsafe_plugins.backends.openai import OpenAIBackend
 
 __all__ = [
     "Backend",
     "Completion",
     "LlamaCppBackend",
     "Message",
+    "OpenAIBackend",
     "Request",
     "Usage",
     "backend_from_string",
@@ -29,29 +31,50 @@ def __getattr__(name: str) -> Any:
         from rsafe_plugins.backends.llamacpp import LlamaCppBackend
 
         return LlamaCppBackend
+    if name == "OpenAIBackend":
+        from rsafe_plugins.backends.openai import OpenAIBackend
+
+        return OpenAIBackend
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-@cache
+_shared: dict[str, Backend] = {}
+_lock = threading.Lock()
+
+
 def shared_backend(text: str) -> Backend:
-    """The one backend of this process for a backend string: guards that name the same engine share it."""
-    return backend_from_string(text)
+    """The one backend of this process for a backend string: guards that name the same engine share it.
+
+    Raises:
+        SettingsError: The string names no backend.
+    """
+    with _lock:
+        if text not in _shared or _shared[text].closed:
+            _shared[text] = backend_from_string(text)
+        return _shared[text]
 
 
 def backend_from_string(text: str) -> Backend:
     """The backend that a backend string names.
 
     Args:
-        text: `embedded` (llama.cpp in process with the packaged guard), or `llamacpp:PATH` (any GGUF).
+        text: `embedded` (llama.cpp in process with the packaged guard), `llamacpp:PATH` (any GGUF), or
+            `openai:BASE_URL#MODEL` (a server that speaks OpenAI's chat API; several addresses with commas
+            between them are one pool; without `#MODEL` the only model that it has).
 
     Raises:
         SettingsError: The string names no backend.
     """
-    from rsafe_plugins.backends.llamacpp import LlamaCppBackend
-
     engine, _, rest = text.partition(":")
-    if text == "embedded":
-        return LlamaCppBackend()
-    if engine == "llamacpp" and rest:
-        return LlamaCppBackend(rest)
-    raise SettingsError(f"backend must be 'embedded' or 'llamacpp:PATH', not {text!r}.")
+    if text == "embedded" or (engine == "llamacpp" and rest):
+        from rsafe_plugins.backends.llamacpp import LlamaCppBackend
+
+        return LlamaCppBackend(rest or None)
+    if engine == "openai":
+        from rsafe_plugins.backends.openai import OpenAIBackend
+
+        urls, _, model = rest.partition("#")
+        return OpenAIBackend(urls.split(","), model or None)
+    raise SettingsError(
+        f"backend must be 'embedded', 'llamacpp:PATH' or 'openai:BASE_URL#MODEL', not {text!r}."
+    )

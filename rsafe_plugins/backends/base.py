@@ -90,12 +90,33 @@ class Backend(abc.ABC):
             generates and parses strictly.
         supports_prefill: Whether the engine can continue a begun assistant message.
         concurrency: How many requests the engine works on at once.
+        closed: Whether `aclose` was called.
     """
 
     model: str
     supports_candidates: bool = True
     supports_prefill: bool = True
     concurrency: int = 64
+    closed: bool = False
+
+    async def start(self) -> None:
+        """Starts an engine in this process; may take as long as fetching its weights does.
+
+        The guard awaits it before it begins to count a check's seconds.
+
+        Raises:
+            BackendError: It can't be started; a later call tries again.
+        """
+
+    async def prepare(self) -> None:
+        """Finds out what can only be known from the engine: `model` and the two `supports_` attributes.
+
+        To be awaited before they are read. It costs nothing once they are known, and most engines know them
+        from the start.
+
+        Raises:
+            BackendError: The engine can't be asked; a later call tries again.
+        """
 
     @abc.abstractmethod
     async def complete(self, requests: Sequence[Request]) -> list[Completion | BackendError]:

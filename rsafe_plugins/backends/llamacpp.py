@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import math
 import threading
@@ -71,12 +72,11 @@ class LlamaCppBackend(Backend):
         self._adapter = Path(adapter).expanduser() if adapter is not None else None
         self.model = (self._model or Path(SMOLLM2.name)).stem
         if self._adapter is not None:
-            self.model += f"+{self._adapter.stem}"
+            self.model += f"+{self._adapter.stem}{_fingerprint(self._adapter)}"
         self.concurrency = slots
         self._context = context
         self._threads = threads
         self._lock = threading.Lock()
-        self._closed = False
         self._server: LlamaServer | None = None
         self._gate: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
 
@@ -104,17 +104,17 @@ class LlamaCppBackend(Backend):
 
     async def aclose(self) -> None:
         """Frees the engine and its memory; requests under way end with `BackendUnavailable`."""
-        self._closed = True
+        self.closed = True
         await asyncio.to_thread(self._stop)
 
     async def _started(self) -> LlamaServer:
-        if self._server is not None and not self._closed:
+        if self._server is not None and not self.closed:
             return self._server
         return await asyncio.to_thread(self._start)
 
     def _start(self) -> LlamaServer:
         with self._lock:
-            if self._closed:
+            if self.closed:
                 raise BackendUnavailable("The embedded engine was closed: make a new LlamaCppBackend.")
             if self._server is None:
                 if self._model is None:
@@ -274,6 +274,15 @@ def _malformed(error: Exception) -> BackendError:
 def _common_length(sequences: Sequence[_Tokens]) -> int:
     columns = zip(*sequences, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+def _fingerprint(path: Path) -> str:
+    """Tells adapters apart that have the same file name; empty where there is no such file, said at the start."""
+    try:
+        with path.open("rb") as file:
+            return f"-{hashlib.file_digest(file, 'sha256').hexdigest()[:8]}"
+    except OSError:
+        return ""
 
 
 def _packaged_adapter() -> Path | None:

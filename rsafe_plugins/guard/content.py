@@ -28,6 +28,9 @@ class Turn:
     speaker: Speaker
     text: str
 
+    def __post_init__(self) -> None:
+        _check_text(self.text)
+
 
 History = Iterable[Turn | tuple[str, str] | Mapping[str, str]]
 """Earlier turns, oldest first: `Turn`, `(role, text)` or `{"role": ..., "content": ...}`; roles as users
@@ -53,8 +56,7 @@ class Content:
 
     def __post_init__(self) -> None:
         for value in (self.text, self.context):
-            if not isinstance(value, str):
-                raise TypeError(f"Content takes text as str, not {type(value).__name__}.")
+            _check_text(value)
 
     @classmethod
     def prompt(cls, text: str, history: History = ()) -> Content:
@@ -79,9 +81,19 @@ class Content:
         return cls("tool_call", arguments, name)
 
     @classmethod
-    def tool_result(cls, text: str, name: str = "") -> Content:
-        """What the tool called `name` brought back."""
-        return cls("tool_result", text, name)
+    def tool_result(cls, text: str, name: str = "", history: History = ()) -> Content:
+        """What the tool called `name` brought back, after the earlier turns of `history`."""
+        return cls("tool_result", text, name, _turns(history))
+
+    @property
+    def size(self) -> int:
+        """Characters of the text and of all that surrounds it."""
+        return len(self.text) + len(self.context) + sum(len(turn.text) for turn in self.history)
+
+
+def _check_text(value: Any) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"Content takes text as str, not {type(value).__name__}.")
 
 
 def _turns(history: History) -> tuple[Turn, ...]:
@@ -91,7 +103,7 @@ def _turns(history: History) -> tuple[Turn, ...]:
 def _turn(item: Turn | tuple[str, str] | Mapping[str, str]) -> Turn:
     if isinstance(item, Turn):
         return item
-    role, text = (item["role"], item["content"]) if isinstance(item, Mapping) else item
+    role, text = (item["role"], item["content"] or "") if isinstance(item, Mapping) else item
     speaker = _SPEAKERS.get(role.lower())
     if speaker is None:
         raise ValueError(f"A turn's role must be one of {', '.join(_SPEAKERS)}, not {role!r}.")

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rsafe_plugins.backends import Backend, Completion, Message, Request, Usage, shared_backend
-from rsafe_plugins.errors import BackendError, BackendTimeout, RSafeError, SettingsError, VerdictError
+from rsafe_plugins.errors import (
+    BackendError,
+    BackendTimeout,
+    InputTooLong,
+    RSafeError,
+    SettingsError,
+    VerdictError,
+)
 from rsafe_plugins.guard import loop
 from rsafe_plugins.guard.content import Content
-from rsafe_plugins.guard.prompt import GuardPrompt, Thinking
+from rsafe_plugins.guard.fitted import OperatingPoint, operating_point
+from rsafe_plugins.guard.flights import Flights
+from rsafe_plugins.guard.parts import MOST_CHARACTERS, MOST_PARTS, Span, halves
+from rsafe_plugins.guard.prompt import GuardPrompt
 from rsafe_plugins.guard.settings import GuardSettings, OnError, Reasoning
 from rsafe_plugins.guard.verdict import Label, Verdict, named_categories, parse_answer
 from rsafe_plugins.policy import Policy
+
+T = TypeVar("T")
 
 BOX = "\\boxed{"
 THOUGHT = "<think>"
@@ -28,7 +41,9 @@ LABELS: tuple[Label, Label] = ("safe", "unsafe")
 _ANSWER_TOKENS = 64
 _CATEGORY_TOKENS = 32
 # Below this probability of both labels together the model wasn't answering the question.
-_LEAST_MASS = 0.01
+_LEAST_MASS = 0.5
+# From so many characters on a content takes milliseconds to be made a prompt.
+_LARGE = 50_000
 
 
 @dataclass(slots=True)
@@ -43,6 +58,18 @@ class _Check:
     conclusion: str = ""
     error: RSafeError | None = None
     usage: Usage = field(default_factory=Usage)
+    part: Span | None = None
+
+    def take_worst(self, parts: Sequence[_Check]) -> None:
+        """The verdict of the unsafe part with the highest probability; without one, of a part that failed."""
+
+        def badness(part: _Check) -> tuple[bool, bool, float]:
+            return part.label == "unsafe", part.error is not None, part.score or 0.0
+
+        worst = max(parts, key=badness)
+        self.label, self.score, self.error, self.part = worst.label, worst.score, worst.error, worst.part
+        self.thought, self.conclusion = worst.thought, worst.conclusion
+        self.usage = sum((part.usage for part in parts), self.usage)
 
 
 class Guard:
@@ -55,11 +82,12 @@ class Guard:
         policy: A `Policy`, a built-in policy's name, or a policy file's path. Default `rsafe-18`.
         backend: A backend object, or a string such as `embedded`. Default `embedded`.
         reasoning: `never`, `always` or `adaptive` (the default).
-        threshold: Unsafe from this probability on, 0 to 1.
+        threshold: Unsafe from this probability on, 0 to 1; or a file that `rsafe eval --fit` wrote.
         band: Lowest and highest probability at which adaptive reasoning thinks.
         max_reasoning_tokens: Budget of a thought, in tokens.
         timeout: Seconds for one check.
         on_error: What a failed check does: `block` (the default), `allow`, or `raise`.
+        cache: Seconds for which a verdict is kept for the same content; 0, the default, keeps none.
         template: A prompt template file.
 
     Raises:
@@ -81,11 +109,12 @@ class Guard:
         *,
         backend: Backend | str | None = None,
         reasoning: Reasoning | None = None,
-        threshold: float | None = None,
+        threshold: float | str | Path | None = None,
         band: tuple[float, float] | None = None,
         max_reasoning_tokens: int | None = None,
         timeout: float | None = None,
         on_error: OnError | None = None,
+        cache: float | None = None,
         template: str | Path | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -124,6 +153,18 @@ class Guard:
         self.backend = (
             settings.backend if isinstance(settings.backend, Backend) else shared_backend(settings.backend)
         )
+        self._flights = Flights(self._judge, settings.cache, lambda check: check.error is None, self._late)
+        _ = self.operating_point  # a file that can't be read is said now, not at the first check
+
+    @property
+    def operating_point(self) -> OperatingPoint:
+        """The threshold and the band that count: those given, else those fitted for this model and policy."""
+        given = self.settings.threshold
+        if isinstance(given, float):
+            point = OperatingPoint(threshold=given)
+        else:
+            point = operating_point(self.backend.model, self.policy, given)
+        return point if self.settings.band is None else point.model_copy(update={"band": self.settings.band})
 
     def check(self, content: Content | str) -> Verdict:
         """Judges one content; a str is a prompt.
@@ -138,10 +179,11 @@ class Guard:
         """Judges contents as one engine batch; the verdicts come in the same order.
 
         Raises:
+            TypeError: It isn't a list of contents, or one is neither a content nor a str.
             PolicyError: No category of the policy applies to one of the kinds of content.
             RSafeError: A check failed and `on_error` is `raise`.
         """
-        return loop.run_blocking(self._check_many(list(contents)))
+        return loop.run_blocking(self._check_many(_listed(contents)))
 
     async def acheck(self, content: Content | str) -> Verdict:
         """Like `check`, without blocking the caller's event loop."""
@@ -149,29 +191,95 @@ class Guard:
 
     async def acheck_many(self, contents: Iterable[Content | str]) -> list[Verdict]:
         """Like `check_many`, without blocking the caller's event loop. Cancelling it cancels the engine's work."""
-        return await loop.run(self._check_many(list(contents)))
+        return await loop.run(self._check_many(_listed(contents)))
 
     async def _check_many(self, contents: Sequence[Content | str]) -> list[Verdict]:
         started = time.perf_counter()
-        checks = [self._begin(content) for content in contents]
-        if not checks:
-            return []
-        rounds = math.ceil(len(checks) / self.backend.concurrency)
+        checks = [await self._begin(_content(content)) for content in contents]
+        results = await self._flights.results(
+            [(_key(check.content), check) for check in checks], self._seconds(len(checks))
+        )
+        latency = (time.perf_counter() - started) * 1000
+        return [self._verdict(check, latency, cached=cached) for check, cached in results]
+
+    def _seconds(self, checks: int) -> float:
+        """What a batch may take: the timeout of one check for each round of the engine."""
+        return self.settings.timeout * math.ceil(checks / self.backend.concurrency)
+
+    async def _judge(self, checks: list[_Check]) -> list[_Check]:
+        """Decides the checks, within the time that they have; a content that is too long is decided in parts."""
+        # Not counted: fetching the weights takes its own time.
+        failure = await self._engine(self.backend.start())
+        seconds = self._seconds(len(checks))
         try:
-            async with asyncio.timeout(self.settings.timeout * rounds):
+            async with asyncio.timeout(seconds):
+                failure = failure or await self._engine(self.backend.prepare())
+                if isinstance(failure, BackendError):
+                    for check in checks:
+                        check.error = check.error or failure
                 await self._decide(checks)
+                await self._decide_in_parts([c for c in checks if isinstance(c.error, InputTooLong)])
         except TimeoutError:
             for check in checks:
-                if check.label is None and check.error is None:
-                    seconds = f"{self.settings.timeout * rounds:g} s"
-                    check.error = BackendTimeout(f"The guard model gave no verdict within {seconds}.")
-        latency = (time.perf_counter() - started) * 1000
-        return [self._verdict(check, latency) for check in checks]
+                self._time_out(check, seconds)
+        return checks
 
-    def _begin(self, content: Content | str) -> _Check:
-        content = Content.prompt(content) if isinstance(content, str) else content
-        thinking: Thinking = "skip" if self.settings.reasoning == "never" and not self._scores else "open"
-        return _Check(content, self.prompt.messages(self.policy, content, thinking))
+    def _time_out(self, check: _Check, seconds: float) -> None:
+        if check.label is None and (check.error is None or isinstance(check.error, InputTooLong)):
+            check.error = BackendTimeout(f"The guard model gave no verdict within {seconds:g} s.")
+
+    def _late(self, check: _Check, seconds: float) -> _Check:
+        """What a check comes to that waits for the same content in another caller's batch, and too long."""
+        late = replace(check)
+        self._time_out(late, seconds)
+        return late
+
+    async def _decide_in_parts(self, checks: Sequence[_Check]) -> None:
+        """Halves each content until its parts fit; the worst part decides."""
+        waiting = [
+            (check, span) for check in checks for span in _halves(check.content, (0, len(check.content.text)))
+        ]
+        done: dict[int, list[_Check]] = {id(check): [] for check, _ in waiting}
+        while waiting:
+            parts = [await self._part(check, span) for check, span in waiting]
+            await self._decide(parts)
+            following: list[tuple[_Check, Span]] = []
+            for (check, span), part in zip(waiting, parts, strict=True):
+                smaller = _halves(check.content, span) if isinstance(part.error, InputTooLong) else ()
+                following.extend((check, half) for half in smaller)
+                if not smaller:
+                    done[id(check)].append(part)
+            for check in checks:
+                count = len(done.get(id(check), ())) + sum(one is check for one, _ in following)
+                if count > MOST_PARTS:
+                    check.error = InputTooLong(
+                        f"The content makes more than {MOST_PARTS} parts of the engine's context: check it in "
+                        "pieces, or use an engine with a larger one."
+                    )
+                    del done[id(check)]
+            waiting = [(check, span) for check, span in following if id(check) in done]
+        for check in checks:
+            if id(check) in done:
+                check.take_worst(done[id(check)])
+
+    async def _part(self, check: _Check, span: Span) -> _Check:
+        part = await self._begin(replace(check.content, text=check.content.text[span[0] : span[1]]))
+        part.part = span
+        return part
+
+    async def _begin(self, content: Content) -> _Check:
+        if content.size > MOST_CHARACTERS:
+            return _Check(
+                content,
+                (),
+                error=InputTooLong(
+                    f"The content and what surrounds it have {content.size} characters, and a guard takes at most "
+                    f"{MOST_CHARACTERS}: check it in pieces."
+                ),
+            )
+        if content.size > _LARGE:
+            await asyncio.sleep(0)  # a list of large ones lets the checks of others go on in between
+        return _Check(content, self.prompt.messages(self.policy, content))
 
     @property
     def _scores(self) -> bool:
@@ -194,8 +302,8 @@ class Guard:
         )
 
     def _is_uncertain(self, check: _Check) -> bool:
-        low, high = self.settings.band
-        return check.score is not None and low <= check.score <= high
+        low, high = self.operating_point.band
+        return check.score is not None and low < high and low <= check.score <= high
 
     async def _score(
         self, checks: Sequence[_Check], begin: Callable[[_Check], str] = lambda check: BOX
@@ -211,8 +319,9 @@ class Guard:
                     f"Expected the model to answer safe or unsafe; it gave both together a probability of {mass:.2g}."
                 )
             check.score = unsafe / mass
-            check.label = "unsafe" if check.score >= self.settings.threshold else "safe"
+            check.label = "unsafe" if check.score >= threshold else "safe"
 
+        threshold = self.operating_point.threshold
         await self._ask(
             checks,
             lambda check: Request(messages=check.messages, prefill=begin(check), candidates=LABELS),
@@ -260,17 +369,35 @@ class Guard:
         )
 
     async def _generate(self, checks: Sequence[_Check]) -> None:
-        """The whole answer as text, parsed strictly: for engines that can't score."""
-        thinks = self.settings.reasoning != "never"
+        """The whole answer as text, parsed strictly: for engines that can't score.
+
+        Where the answer of a guard that may think is no verdict, one more request asks for the bare one.
+        """
+        mode = self.settings.reasoning
 
         def read(check: _Check, completion: Completion) -> None:
-            answer = parse_answer(
-                completion.text, thinking=True if self.settings.reasoning == "always" else None
-            )
+            answer = parse_answer(completion.text, thinking=True if mode == "always" else None)
+            if answer.reasoning is None and completion.finish_reason == "length":
+                raise VerdictError(
+                    "Expected an answer that ends; it ran into its token budget without a thought."
+                )
             check.label, check.thought, check.conclusion = answer.label, answer.reasoning, answer.conclusion
 
-        budget = self.settings.max_reasoning_tokens + _ANSWER_TOKENS if thinks else _ANSWER_TOKENS
-        await self._ask(checks, lambda check: Request(messages=check.messages, max_tokens=budget), read)
+        def bare(check: _Check) -> Request:
+            messages = self.prompt.messages(self.policy, check.content, "skip")
+            return Request(messages=messages, max_tokens=_ANSWER_TOKENS)
+
+        budget = self.settings.max_reasoning_tokens + _ANSWER_TOKENS
+        await self._ask(
+            checks,
+            bare if mode == "never" else lambda check: Request(messages=check.messages, max_tokens=budget),
+            read,
+        )
+        if mode == "adaptive":
+            unclear = [check for check in checks if isinstance(check.error, VerdictError)]
+            for check in unclear:
+                check.error = None
+            await self._ask(unclear, bare, read)
 
     async def _ask(
         self,
@@ -306,19 +433,9 @@ class Guard:
                     )
 
     async def _complete(self, requests: Sequence[Request]) -> Sequence[Completion | BackendError]:
-        try:
-            completions = await self.backend.complete(requests)
-        except BackendError as error:
-            return [error] * len(requests)
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            # Nobody cancelled this check, so it isn't the caller's cancellation but the engine's failure.
-            return [self._failure(error)] * len(requests)
-        except BaseException as error:
-            # An engine that exits, too: it would take the loop of all guards with it.
-            return [self._failure(error)] * len(requests)
+        completions = await self._engine(self.backend.complete(requests))
+        if isinstance(completions, BackendError):
+            return [completions] * len(requests)
         if not isinstance(completions, list) or len(completions) != len(requests):
             failure = BackendError(
                 f"The engine {self.backend.model} didn't answer each of {len(requests)} requests."
@@ -326,13 +443,29 @@ class Guard:
             return [failure] * len(requests)
         return completions
 
+    async def _engine(self, work: Awaitable[T]) -> T | BackendError:
+        """What the engine gives; whatever it raises comes back as an error."""
+        try:
+            return await work
+        except BackendError as error:
+            return error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Nobody cancelled this check, so it isn't the caller's cancellation but the engine's failure.
+            return self._failure(error)
+        except BaseException as error:
+            # An engine that exits, too: it would take the loop of all guards with it.
+            return self._failure(error)
+
     def _failure(self, error: BaseException) -> BackendError:
         # An engine's own message may quote what it was asked, so only its kind is passed on.
         failure = BackendError(f"The engine {self.backend.model} failed with {type(error).__name__}.")
         failure.__cause__ = error
         return failure
 
-    def _verdict(self, check: _Check, latency: float) -> Verdict:
+    def _verdict(self, check: _Check, latency: float, *, cached: bool) -> Verdict:
         if check.error is None and check.label is None:
             check.error = BackendError("The guard came to no verdict.")
         if check.error is not None and self.settings.on_error == "raise":
@@ -352,6 +485,34 @@ class Guard:
             error=str(check.error) if failed else None,
             policy=self.policy.name,
             model=self.backend.model,
-            usage=check.usage,
+            usage=Usage() if cached else check.usage,
+            part=check.part,
             latency_ms=latency,
         )
+
+
+def _key(content: Content) -> bytes:
+    """Stands for a content without holding its text."""
+    return hashlib.blake2b(repr(content).encode("utf-8"), digest_size=16).digest()
+
+
+def _listed(contents: Iterable[Content | str]) -> list[Content | str]:
+    if isinstance(contents, str | Content):
+        raise TypeError(
+            f"check_many takes a list of contents, not one {type(contents).__name__}; use check for one."
+        )
+    return list(contents)
+
+
+def _content(content: Content | str) -> Content:
+    if isinstance(content, Content):
+        return content
+    if isinstance(content, str):
+        return Content.prompt(content)
+    raise TypeError(f"A guard judges a Content or a str, not {type(content).__name__}.")
+
+
+def _halves(content: Content, span: Span) -> tuple[Span, ...]:
+    if content.size > MOST_CHARACTERS:
+        return ()
+    return halves(content.text, span) or ()

@@ -24,9 +24,19 @@ def _background() -> asyncio.AbstractEventLoop:
     with _lock:
         if _loop is None or _thread is None or not _thread.is_alive():
             _loop = asyncio.new_event_loop()
-            _thread = threading.Thread(target=_loop.run_forever, name="rsafe", daemon=True)
+            _thread = threading.Thread(target=_run, args=(_loop,), name="rsafe", daemon=True)
             _thread.start()
         return _loop
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    while True:
+        try:
+            loop.run_forever()
+        except (KeyboardInterrupt, SystemExit):
+            # An engine's own task raised it, which ends the loop; the checks of everybody else go on.
+            continue
+        return
 
 
 def _forget() -> None:

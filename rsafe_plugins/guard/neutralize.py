@@ -3,7 +3,7 @@ r"""Keeps text under judgement from forging the prompt's structure: visibly, and
 A mark (`¦`) is put inside whatever could end a section, open or close a thought, start a turn or fake a
 verdict: `<think>` becomes `<¦think>`, `\boxed{` becomes `\¦boxed{`, `User:` at the start of a line becomes
 `User¦:`. Marks that stand in the text already are doubled. Characters that engines can't take (controls, lone
-surrogates) are written as their number, `¦{0}`.
+surrogates) or that nobody can see (zero-width spaces, direction marks) are written as their number, `¦{0}`.
 """
 
 from __future__ import annotations
@@ -22,19 +22,28 @@ _TAGS = (
     "start_of_turn|end_of_turn|start_of_image|start_of_role|end_of_role|"
     "im_start|im_end|im_sep|endoftext|"
     "system|user|assistant|agent|human|developer|tool|function|instructions?|policy|"
+    r"filename|reponame|unused\d+|"
     "tools?_calls?|tools?_responses?|tools?_results?|function_calls?|function_results?|guardian"
 )
 _BRACKETS = (
     "INST|SYS|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT|ARGS|CALL_ID|THINK|"
-    "PREFIX|SUFFIX|MIDDLE|IMG|BOS|EOS"
+    r"PREFIX|SUFFIX|MIDDLE|IMG\w*+|BOS|EOS|g?MASK|CLS|SEP|PAD|UNK"
 )
 _ROLES = (
     "user|agent|assistant|system|human|ai|bot|model|developer|tool(?: (?:call|result))?|document|function|"
     "ipython|query|categories|policy|verdict|judge"
 )
 
-_UNTYPEABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+# Controls and lone surrogates, which engines can't take; and what is invisible and could hide inside a word:
+# soft hyphen, zero-width characters but the two joiners that scripts need, direction marks, tag characters.
+_UNTYPEABLE = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ud800-\udfff"
+    r"\ufeff\U000e0000-\U000e007f]"
+)
 _MARKED = re.compile(rf"{MARK}{MARK}|{MARK}\{{([0-9a-f]+)\}}|{MARK}")
+
+_GAP = r"[\s\u200c\u200d]*+"
+_LINE_END = r"\n\r\u2028\u2029"
 
 
 @lru_cache(maxsize=64)
@@ -43,20 +52,33 @@ def _structure(delimiters: tuple[str, ...]) -> re.Pattern[str]:
 
     The quantifiers are possessive, so that no text makes the search slower than linear.
     """
-    own = "".join(rf"|{re.escape(d[0])}(?={re.escape(d[1:])})" for d in delimiters if len(d) > 1)
-    return re.compile(
-        rf"<(?=[|｜]|\s*+/?+\s*+(?:(?:{_TAGS})\b|(?:begin|end)[ _\-])|<\s*+/?+\s*+SYS\b)"
-        rf"|[|｜](?=>)"
-        rf"|\[(?=\s*+/?+\s*+(?:{_BRACKETS})\s*+\])"
-        rf"|\\(?=\s*+f?boxed\b)"
-        rf"{own}",
-        re.IGNORECASE,
+    own = [(delimiter[0], _loosely(delimiter[1:])) for delimiter in delimiters if len(delimiter) > 1]
+    follows = {
+        "<＜": rf"[|｜]|{_GAP}[/／]?+{_GAP}(?:(?:{_TAGS})\b|(?:begin|end)[\s_\-]|[a-z]++(?:_[a-z]++)++\d*+[>＞])"
+        rf"|<{_GAP}[/／]?+{_GAP}SYS\b",
+        "|｜": "[>＞]",
+        "[": rf"{_GAP}/?+{_GAP}(?:{_BRACKETS}){_GAP}\]",
+        "\\＼": rf"{_GAP}f?box",
+    }
+    structures = [*follows.items(), *own]
+    # A set of characters first: the search then skips all others without trying anything.
+    first = re.escape(
+        "".join(sorted({character for characters, _ in structures for character in characters}))
     )
+    cases = "|".join(f"(?<=[{re.escape(characters)}])(?={rest})" for characters, rest in structures)
+    return re.compile(f"[{first}](?:{cases})", re.IGNORECASE)
 
 
+def _loosely(text: str) -> str:
+    """A pattern for the text with any white space where it has some."""
+    return r"\s++".join(re.escape(part) for part in re.split(r"\s+", text))
+
+
+# A line's end, then a role's title, whatever signs or numbers stand before and after it, up to the colon or bracket
+# that follows.
 _ROLE_AT_LINE_START = re.compile(
-    r"(?:^|(?<=[\n\r\u2028\u2029]))"
-    rf"([ \t>#*_~`\-]{{0,16}}(?:{_ROLES})(?: ?\([^()\n]{{0,64}}\))?[ \t*_`]{{0,8}})(?=[:：])",
+    rf"[{_LINE_END}](?:(?:[^\w{_LINE_END}]|_)*+(?:\d++[.)\]](?:[^\w{_LINE_END}]|_)*+)?(?:{_ROLES})"
+    rf"(?:[^\w{_LINE_END}(（:：]|_)*+)(?=[:：(（])",
     re.IGNORECASE,
 )
 
@@ -73,8 +95,8 @@ def neutralize(text: str, delimiters: Iterable[str] = ()) -> str:
     """
     text = text.replace(MARK, MARK + MARK)
     text = _UNTYPEABLE.sub(lambda found: f"{MARK}{{{ord(found.group()):x}}}", text)
-    text = _structure(tuple(delimiters)).sub(lambda found: found.group() + MARK, text)
-    return _ROLE_AT_LINE_START.sub(lambda found: found.group() + MARK, text)
+    text = _structure(tuple(delimiters)).sub(rf"\g<0>{MARK}", text)
+    return _ROLE_AT_LINE_START.sub(rf"\g<0>{MARK}", f"\n{text}")[1:]
 
 
 def restore(text: str) -> str:

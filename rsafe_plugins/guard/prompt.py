@@ -7,12 +7,14 @@ replace it.
 
 from __future__ import annotations
 
+import hashlib
 import re
+import uuid
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jinja2 import StrictUndefined
 from jinja2 import TemplateError as JinjaError
@@ -28,7 +30,7 @@ Thinking = Literal["open", "skip"]
 """`open`: the template leaves it to the guard whether the model thinks (it begins the answer for it, so one
 prompt serves both ways). `skip`: the template asks for the bare verdict, for engines whose answer can't be begun."""
 
-_PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"
+_PLACE = f"conversation-{uuid.uuid4()}"  # nothing that a policy or a template could hold
 _SPEAKERS = {"user": "User", "agent": "Agent"}
 _DELIMITER = re.compile(r"<[^<>\n]{1,64}>|\[[/A-Z_ ]{2,40}\]")
 
@@ -38,7 +40,7 @@ class GuardPrompt:
 
     Args:
         template: A Jinja template file; None for RSafe's structure in our wording. It sees `categories` (each
-            with `id`, `name`, `description`, `covers`, `allows`), `policy`, `kind` (`prompt`, `response`,
+            with `id`, `name`, `description`, `covers`, `allows`), `policy` (its name), `kind` (`prompt`, `response`,
             `document`, `tool_call`, `tool_result`), `reasoning` (`open` or `skip`) and `conversation`, which
             must stand in it exactly once. What it makes is one user message.
 
@@ -58,6 +60,11 @@ class GuardPrompt:
             raise TemplateError(f"{self.source} is not a Jinja template: {error}.") from error
         # Bound to the instance, so that a template's cache goes when the template goes.
         self._frame = lru_cache(maxsize=32)(self._render_frame)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the template's text."""
+        return hashlib.sha256(self._text.encode("utf-8")).hexdigest()
 
     @cached_property
     def delimiters(self) -> tuple[str, ...]:
@@ -107,7 +114,11 @@ class GuardPrompt:
         categories = [self._safe_category(category) for category in policy.for_kind(kind).categories]
         try:
             text = self._template.render(
-                categories=categories, policy=policy, kind=kind, reasoning=thinking, conversation=_PLACE
+                categories=categories,
+                policy=self._safe(policy.name),
+                kind=kind,
+                reasoning=thinking,
+                conversation=_PLACE,
             )
         except (JinjaError, KeyError, TypeError, ValueError) as error:
             raise TemplateError(f"{self.source} can't be rendered for a {kind}: {error}.") from error
@@ -119,15 +130,15 @@ class GuardPrompt:
             )
         return parts[0], parts[1]
 
-    def _safe_category(self, category: Category) -> Category:
-        return category.model_copy(
-            update={
-                "name": self._safe(category.name),
-                "description": self._safe(category.description),
-                "covers": tuple(map(self._safe, category.covers)),
-                "allows": tuple(map(self._safe, category.allows)),
-            }
-        )
+    def _safe_category(self, category: Category) -> dict[str, Any]:
+        """The category's fields for the template; their own limits on length don't count marks."""
+        return {
+            "id": category.id,
+            "name": self._safe(category.name),
+            "description": self._safe(category.description),
+            "covers": [self._safe(text) for text in category.covers],
+            "allows": [self._safe(text) for text in category.allows],
+        }
 
 
 def _read(template: str | Path | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator
@@ -18,11 +18,11 @@ from pydantic_settings import (
 
 from rsafe_plugins.backends import Backend
 from rsafe_plugins.errors import SettingsError
+from rsafe_plugins.guard.fitted import Band, Probability
 from rsafe_plugins.policy import Policy
 
 Reasoning = Literal["never", "always", "adaptive"]
 OnError = Literal["block", "allow", "raise"]
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class GuardSettings(BaseSettings):
@@ -36,12 +36,17 @@ class GuardSettings(BaseSettings):
         backend: A backend object or string.
         reasoning: `always`: think, then the verdict. `never`: the verdict's probability from one forward pass.
             `adaptive`: never first, and think where that probability lies inside the band.
-        threshold: Unsafe from this probability on, 0 to 1.
-        band: Lowest and highest probability at which adaptive reasoning thinks.
+        threshold: Unsafe from this probability on, 0 to 1; or a file that `rsafe eval --fit` wrote, which has
+            one for each model and policy, with its band. None for those that come with this package: the
+            embedded guard's, and 0.5 with a band of 0.3 to 0.7 for other models.
+        band: Lowest and highest probability at which adaptive reasoning thinks. None for the one that goes with
+            the threshold.
         max_reasoning_tokens: Budget of the thought, in tokens; it is closed there and the verdict scored.
         timeout: Seconds for one check. A batch has that much for each round of checks that the engine works on
             at once.
         on_error: What a failed check does: `block`, `allow`, or `raise`.
+        cache: Seconds for which a verdict is kept for the same content, at most 10,000 of them; 0 keeps none.
+            The same content checked twice at once is judged once either way.
         template: A prompt template file; None for the built-in one.
     """
 
@@ -52,25 +57,26 @@ class GuardSettings(BaseSettings):
     policy: Policy | str | Path = "rsafe-18"
     backend: Backend | str = "embedded"
     reasoning: Reasoning = "adaptive"
-    threshold: Probability = 0.5
-    band: tuple[Probability, Probability] = (0.3, 0.7)
+    threshold: Probability | Path | None = None
+    band: Band | None = None
     max_reasoning_tokens: int = Field(default=256, ge=1)
     timeout: float = Field(default=60.0, gt=0)
     on_error: OnError = "block"
+    cache: float = Field(default=0.0, ge=0)
     template: Path | None = None
 
-    @field_validator("timeout")
+    @field_validator("threshold")
+    @classmethod
+    def _there(cls, value: float | Path | None) -> float | Path | None:
+        if isinstance(value, Path) and not value.is_file():
+            raise ValueError("must be a number from 0 to 1, or a file that `rsafe eval --fit` wrote")
+        return value
+
+    @field_validator("timeout", "cache")
     @classmethod
     def _finite(cls, value: float) -> float:
         if not math.isfinite(value):
             raise ValueError("must be a finite number of seconds")
-        return value
-
-    @field_validator("band")
-    @classmethod
-    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if value[0] > value[1]:
-            raise ValueError("must be [lowest, highest]")
         return value
 
     @classmethod
@@ -110,8 +116,8 @@ def _sentence(error: ValidationError, source: str) -> str:
     if first["type"] == "extra_forbidden":
         known = ", ".join(GuardSettings.model_fields)
         return f"{source}: there is no setting {name!r}; the settings are {known}."
-    value = first["input"]
+    value = str(first["input"]) if isinstance(first["input"], Path) else first["input"]
     shown = (
         repr(value) if isinstance(value, str | int | float | bool | list | tuple) else type(value).__name__
     )
-    return f"{source}: the setting {name!r} can't be {shown}: {first['msg']}."
+    return f"{source}: the setting {name!r} can't be {shown}: {first['msg'].removeprefix('Value error, ')}."

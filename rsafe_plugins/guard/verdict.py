@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from rsafe_plugins.backends.base import Usage
 from rsafe_plugins.errors import VerdictError
-from rsafe_plugins.policy import Policy
+from rsafe_plugins.policy import Category, Policy
 
 Label = Literal["safe", "unsafe"]
 
@@ -28,7 +28,9 @@ class Verdict(BaseModel):
         error: One sentence on what failed; None for a verdict.
         policy: Name of the policy.
         model: Name of the guard model.
-        usage: Tokens used for this verdict.
+        usage: Tokens used for this verdict; none where it was kept from an earlier check.
+        part: Where in the text the part lies that decided, as start and end in characters; None where the text
+            was judged as a whole. A text that is too long for the engine is judged in parts, and the worst counts.
         latency_ms: Milliseconds from the call to the verdict; a batch's items share the batch's time.
     """
 
@@ -44,6 +46,7 @@ class Verdict(BaseModel):
     policy: str = ""
     model: str = ""
     usage: Usage = Usage()
+    part: tuple[int, int] | None = None
     latency_ms: float = 0.0
 
 
@@ -57,7 +60,9 @@ class Answer:
 
 
 _OPEN_OR_CLOSE = re.compile(r"<\s*+(/?+)\s*+think\s*+>", re.IGNORECASE | re.ASCII)
-_BOX = re.compile(r"\\\s*+boxed\b", re.IGNORECASE | re.ASCII)
+_LIKE_A_TAG = re.compile(r"<\s*+/?+\s*+think", re.IGNORECASE | re.ASCII)
+_BOX = re.compile(r"\\\s*+f?box|f?boxed\s*+\{", re.IGNORECASE | re.ASCII)
+_SIGNS = " \t\r\n*_`\"'$#:"
 _MARKUP = r"[\s*_`\"'$]*"
 _BOXED_LABEL = re.compile(
     rf"\\\s*boxed\s*\{{{_MARKUP}"
@@ -78,6 +83,8 @@ def parse_answer(text: str, *, thinking: bool | None = None) -> Answer:
         VerdictError: The answer is anything else; never a guess.
     """
     reasoning, rest = _split_thought(text)
+    if _LIKE_A_TAG.search(f"{reasoning}\0{rest}"):
+        raise VerdictError("Expected one thought in <think> tags; the answer has others that are like them.")
     if thinking is True and reasoning is None:
         raise VerdictError("Expected a thought in <think> tags before the verdict; the answer has none.")
     if thinking is False and reasoning:
@@ -90,6 +97,10 @@ def parse_answer(text: str, *, thinking: bool | None = None) -> Answer:
     found = _BOXED_LABEL.search(rest)
     if found is None:
         raise VerdictError("Expected safe or unsafe in the box; it holds something else, or isn't closed.")
+    if reasoning is None and rest[: found.start()].strip(_SIGNS):
+        raise VerdictError(
+            "Expected the bare verdict or a thought in <think> tags; the answer begins with text."
+        )
     label: Label = "safe" if (found.group(1) or found.group(2)).lower() == "safe" else "unsafe"
     return Answer(label, reasoning, rest[: found.start()] + rest[found.end() :])
 
@@ -114,7 +125,11 @@ def _split_thought(text: str) -> tuple[str | None, str]:
     return thought.strip(), after
 
 
-_CATEGORIES_LINE = re.compile(r"^[ \t*_]*categor(?:y|ies)[ \t*_]*:(.*)$", re.IGNORECASE | re.MULTILINE)
+_CATEGORIES_LINE = re.compile(
+    r"^[ \t*_]*categor(?:y|ies)[ \t*_]*:(.*)$((?:\n[ \t]*[-*+\u2022].*)*)", re.IGNORECASE | re.MULTILINE
+)
+_AROUND_NAMES = " \t\r.*_`\"'[]()-+\u2022"
+_AND = re.compile(r"[/&]|\band\b|\s(?=[A-Z]+\d)", re.IGNORECASE)
 _NONE = {"", "none", "n/a", "no", "null", "-"}
 
 
@@ -130,7 +145,8 @@ def named_categories(
     for text in (conclusion, reasoning or ""):
         lines = _CATEGORIES_LINE.findall(text)
         if lines:
-            return _listed(lines[-1], policy)
+            line, bullets = lines[-1]
+            return _listed(line if line.strip(" \t\r*_") else ",".join(bullets.splitlines()), policy)
     for paragraph in reversed(f"{reasoning or ''}\n{conclusion}".splitlines()):
         mentioned = [category.id for category in policy.categories if _mentions(paragraph, category.id)]
         if mentioned:
@@ -149,12 +165,20 @@ def _listed(line: str, policy: Policy) -> tuple[tuple[str, ...], tuple[str, ...]
     # A category's own name may hold a comma, so the whole line is tried first.
     names = [whole] if policy.find(whole) else re.split(r"[,;]", whole)
     for name in names:
-        name = name.strip(" \t\r.*_`\"'[]()")
-        if name.lower() in _NONE:
-            continue
-        category = policy.find(name) or policy.find(re.split(r"[:\s]", name, maxsplit=1)[0])
-        if category is not None:
-            known.add(category.id)
-        elif name not in unknown:
-            unknown.append(name)
+        for part in [name] if _find(name, policy) else _AND.split(name):
+            part = part.strip(_AROUND_NAMES)
+            category = _find(part, policy) or policy.find(part.split(" ", 1)[0])
+            if category is not None:
+                known.add(category.id)
+            elif part.lower() not in _NONE and part not in unknown:
+                unknown.append(part)
     return tuple(c.id for c in policy.categories if c.id in known), tuple(unknown)
+
+
+def _find(name: str, policy: Policy) -> Category | None:
+    """The category whose id or name this is, or both, as in `U2: Weapons` or `U7 Hate Speech & Discrimination`."""
+    name = name.strip(_AROUND_NAMES)
+    head, colon, _ = name.partition(":")
+    first, _, rest = name.partition(" ")
+    both = policy.find(first) if rest and policy.find(first) is policy.find(rest) else None
+    return policy.find(name) or (policy.find(head) if colon else both)

@@ -65,9 +65,9 @@ def _id(text: str) -> str:
     if len(line) > MAX_ID_LENGTH:
         raise _invalid(f"an id has at most {MAX_ID_LENGTH} characters, this has {len(line)}; shorten it")
     # Verdicts list ids separated by commas.
-    if not line.isprintable() or any(character in " ,;" for character in line):
+    if not line.isprintable() or any(character in " ,;<>{}[]\\|\u00a6" for character in line):
         raise _invalid(
-            f"an id is one word without commas, such as U1, but this is {files.shown(line)}; shorten it"
+            f"an id is one word without commas or brackets, such as U1, but this is {files.shown(line)}; shorten it"
         )
     return line
 
@@ -96,7 +96,7 @@ class Category(_Value):
 
     Attributes:
         id: A short word that verdicts name the category by, such as `U1`; 1 to 64 characters, no white space,
-            commas or semicolons.
+            commas, semicolons, brackets, bars or backslashes.
         name: What people call it; 1 to 200 characters.
         description: What is meant, in a sentence; may be empty.
         covers: What else falls under the category.

@@ -9,6 +9,7 @@ import pytest
 
 from rsafe_plugins import BackendError, BackendTimeout, Content, Guard, PolicyError, RSafeError, VerdictError
 from rsafe_plugins.backends import Backend, Completion, Request
+from rsafe_plugins.errors import InputTooLong
 from rsafe_plugins.testing import ScriptedBackend
 
 SAFE = "<think>fine</think>\\boxed{safe}"
@@ -73,6 +74,7 @@ FAULTS: dict[str, Backend] = {
     "huge": Broken(logprobs(safe=1e6, unsafe=0.0)),
     "more than certain": Broken(logprobs(safe=0.0, unsafe=0.0)),
     "neither label": Broken(logprobs(safe=-20.0, unsafe=-21.0)),
+    "mostly neither label": Broken(logprobs(safe=math.log(0.4), unsafe=math.log(0.01))),
     "text for logprobs": Broken(
         lambda requests: [Completion(logprobs={"safe": "x", "unsafe": "y"})] * len(requests)
     ),  # type: ignore[dict-item]
@@ -108,7 +110,7 @@ def test_every_fault_is_raised_if_the_user_said_so(fault: str) -> None:
 
 def test_one_failed_check_leaves_the_others_alone() -> None:
     guard = Guard(backend=ScriptedBackend([SAFE, "garbage", UNSAFE, BackendError("down")]))
-    assert [verdict.label for verdict in guard.check_many("abcd")] == ["safe", None, "unsafe", None]
+    assert [verdict.label for verdict in guard.check_many(list("abcd"))] == ["safe", None, "unsafe", None]
 
 
 def test_an_engine_that_fails_while_thinking_leaves_no_verdict() -> None:
@@ -125,7 +127,7 @@ def test_a_hang_while_thinking_blocks_only_what_was_uncertain() -> None:
         unsure = "User: unsure" in request.messages[0].content
         return {"safe": 0.5, "unsafe": 0.5} if unsure else {"safe": 0.99, "unsafe": 0.01}
 
-    guard = Guard(backend=ScriptedBackend(hang, candidates=candidates), timeout=0.2)
+    guard = Guard(backend=ScriptedBackend(hang, candidates=candidates), timeout=2)
     certain, unsure = guard.check_many(["certain", "unsure"])
     assert (certain.label, certain.blocked) == ("safe", False)
     assert (unsure.label, unsure.blocked) == (None, True)
@@ -154,6 +156,24 @@ def test_a_list_is_one_engine_batch_in_order() -> None:
     verdicts = Guard(backend=backend).check_many(["good", "bad"] * 25)
     assert [verdict.label for verdict in verdicts] == ["safe", "unsafe"] * 25
     assert len(backend.calls) == 1
+
+
+@pytest.mark.parametrize("contents", ["bomb", Content.prompt("bomb")])
+def test_one_content_in_place_of_a_list_is_the_callers_mistake(contents: Any) -> None:
+    with pytest.raises(TypeError, match="takes a list of contents"):
+        Guard(backend=ScriptedBackend(SAFE)).check_many(contents)
+
+
+@pytest.mark.parametrize("content", [None, 3, ["x"], b"x"])
+def test_what_is_no_content_is_the_callers_mistake(content: Any) -> None:
+    with pytest.raises(TypeError, match="judges a Content or a str"):
+        Guard(backend=ScriptedBackend(SAFE)).check(content)
+
+
+def test_a_turn_without_text_such_as_a_tool_call_is_empty() -> None:
+    assert Content.prompt("x", [{"role": "assistant", "content": None}]).history[0].text == ""  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="takes text as str"):
+        Content.prompt("x", [("user", 3)])  # type: ignore[list-item]
 
 
 def test_no_contents_make_no_engine_call() -> None:
@@ -229,6 +249,89 @@ def test_without_scores_never_asks_for_the_bare_verdict() -> None:
     backend = ScriptedBackend(r"\boxed{safe}")
     assert Guard(backend=backend, reasoning="never").check("x").label == "safe"
     assert "at once" in backend.requests[0].messages[0].content
+
+
+def test_an_answer_that_is_no_verdict_is_asked_again_for_the_bare_one() -> None:
+    def reply(request: Request) -> str:
+        return r"\boxed{unsafe}" if "at once" in request.messages[0].content else "Well, it depends."
+
+    backend = ScriptedBackend(reply)
+    assert Guard(backend=backend, reasoning="adaptive").check("x").label == "unsafe"
+    assert len(backend.requests) == 2
+
+
+def test_a_guard_that_has_to_think_is_not_asked_for_a_bare_verdict() -> None:
+    backend = ScriptedBackend("Well, it depends.")
+    assert Guard(backend=backend, reasoning="always").check("x").label is None
+    assert len(backend.requests) == 1
+
+
+@pytest.mark.parametrize("fault", [BackendError("down"), RuntimeError("CANARY"), asyncio.CancelledError()])
+def test_an_engine_that_cannot_say_what_it_can_do_blocks(fault: BaseException) -> None:
+    class Unprepared(ScriptedBackend):
+        async def prepare(self) -> None:
+            raise fault
+
+    verdict = Guard(backend=Unprepared(SAFE)).check("x")
+    assert (verdict.label, verdict.blocked) == (None, True)
+    assert "CANARY" not in (verdict.error or "")
+
+
+def test_an_engine_whose_own_task_exits_hangs_nobody() -> None:
+    class Exiting(ScriptedBackend):
+        async def complete(self, requests: Sequence[Request]) -> list[Completion | BackendError]:
+            async def leave() -> None:
+                raise SystemExit(1)
+
+            await asyncio.gather(leave())
+            return []
+
+    assert Guard(backend=Exiting(SAFE), timeout=2).check("x").blocked
+    assert Guard(backend=ScriptedBackend(SAFE)).check("x").label == "safe"
+
+
+def test_starting_an_engine_is_not_counted_as_part_of_a_check() -> None:
+    class Slow(ScriptedBackend):
+        async def start(self) -> None:
+            await asyncio.sleep(0.3)
+
+    assert Guard(backend=Slow(SAFE), timeout=0.2).check("x").label == "safe"
+
+
+def test_an_engine_that_cannot_be_started_blocks() -> None:
+    class Missing(ScriptedBackend):
+        async def start(self) -> None:
+            raise BackendError("It isn't there.")
+
+    verdict = Guard(backend=Missing(SAFE)).check("x")
+    assert (verdict.label, verdict.blocked, verdict.error) == (None, True, "It isn't there.")
+
+
+def test_a_long_text_has_the_time_of_one_check() -> None:
+    async def reply(request: Request) -> Any:
+        if len(request.messages[0].content) > 6_000:
+            return InputTooLong("too long")
+        return await hang(request)
+
+    backend = ScriptedBackend(reply)
+    backend.concurrency = 1
+    guard = Guard(backend=backend, timeout=0.3, on_error="raise")
+    with pytest.raises(BackendTimeout, match=r"0\.3 s"):
+        guard.check("word " * 20_000)
+
+
+def test_an_answer_that_ran_into_its_budget_without_a_thought_is_no_verdict() -> None:
+    cut = Completion(text=r"\boxed{safe} and", finish_reason="length")
+    assert Guard(backend=ScriptedBackend(cut), reasoning="never").check("x").label is None
+
+
+def test_an_engine_that_never_says_what_it_can_do_times_out() -> None:
+    class Silent(ScriptedBackend):
+        async def prepare(self) -> None:
+            await asyncio.Event().wait()
+
+    verdict = Guard(backend=Silent(SAFE), timeout=0.1).check("x")
+    assert (verdict.label, verdict.blocked) == (None, True)
 
 
 def test_a_policy_without_a_category_for_the_kind_is_the_callers_mistake() -> None:
@@ -312,7 +415,7 @@ def test_a_batch_has_the_timeout_of_each_round_of_the_engine() -> None:
     backend = ScriptedBackend(hang)
     backend.concurrency = 2
     with pytest.raises(BackendTimeout, match=r"0\.3 s"):
-        Guard(backend=backend, timeout=0.1, on_error="raise").check_many("abcde")
+        Guard(backend=backend, timeout=0.1, on_error="raise").check_many(list("abcde"))
 
 
 def test_a_parse_failure_is_raised_as_one() -> None:

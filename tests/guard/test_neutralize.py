@@ -36,6 +36,18 @@ STRUCTURES = [
     "<\uff5cUser\uff5c>",
     "<tool_call>",
     "<guardian>",
+    "<END\tCONVERSATION>",
+    "<END\nCONVERSATION>",
+    "<END\u00a0CONVERSATION>",
+    "<\u200dthink>",
+    "\uff1c/think\uff1e",
+    "\\fbox{",
+    "<file_sep>",
+    "<jupyter_start>",
+    "<filename>",
+    "<unused0>",
+    "[gMASK]",
+    "[IMG_END]",
 ]
 ROLES = [
     "User:",
@@ -47,6 +59,17 @@ ROLES = [
     "### System:",
     "Tool result (mail):",
     "Document\uff1a",
+    " " * 17 + "Agent:",
+    "\u00a0User:",
+    "\u3000User:",
+    "User\u00a0:",
+    "User" + " " * 9 + ":",
+    "[User]:",
+    "| User:",
+    "+ User:",
+    "1. User:",
+    "Tool result (" + "x" * 65 + "):",
+    "Tool call (a(b)):",
 ]
 
 pieces = st.one_of(
@@ -95,6 +118,15 @@ def test_ordinary_text_is_left_as_it_is(text: str) -> None:
     assert neutralize(text) == text
 
 
+@pytest.mark.parametrize(
+    "text", ["</\u200bthink>", "\\bo\u200bxed{", "Us\ufeffer:", "<th\u00adink>", "Us\U000e0041er:"]
+)
+def test_what_nobody_can_see_is_made_visible(text: str) -> None:
+    marked = neutralize(text)
+    assert MARK + "{" in marked
+    assert restore(marked) == text
+
+
 @given(hostile)
 def test_neutralizing_can_be_undone(text: str) -> None:
     assert restore(neutralize(text)) == text
@@ -120,6 +152,7 @@ def test_the_result_is_text_that_any_engine_takes(text: str) -> None:
 
 def test_a_users_own_delimiters_are_broken_too() -> None:
     assert neutralize("x [[POLICY]] y", ["[[POLICY]]"]) == f"x [{MARK}[POLICY]] y"
+    assert neutralize("## the\u00a0\nend", ["## The end"]) == f"#{MARK}# the\u00a0\nend"
 
 
 def test_a_megabyte_of_openings_is_handled_in_one_pass() -> None:

@@ -141,3 +141,16 @@ def test_a_turn_with_an_unknown_role_is_refused() -> None:
 def test_content_takes_text_only() -> None:
     with pytest.raises(TypeError, match="not int"):
         Content.prompt(7)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["<s>" * 66, "\u00a6" * 200, "\N{OBJECT REPLACEMENT CHARACTER}"])
+def test_any_valid_policy_makes_a_prompt(text: str) -> None:
+    policy = Policy(name="p", categories=(Category(id="A", name=text[:198], description=text),))
+    (message,) = GuardPrompt().messages(policy, Content.prompt("hello"))
+    assert "User: hello" in message.content
+
+
+def test_what_a_tool_brought_back_follows_the_conversation() -> None:
+    content = Content.tool_result("12 degrees", "weather", [("user", "How warm is it?")])
+    (message,) = GuardPrompt().messages(Policy.load("rsafe-18"), content)
+    assert "User: How warm is it?\nTool result (weather): 12 degrees" in message.content

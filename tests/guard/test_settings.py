@@ -1,3 +1,5 @@
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,11 @@ def test_a_value_that_cannot_be_used_is_named(settings: dict[str, Any], says: st
     assert "\n" not in str(caught.value)
 
 
+def test_a_threshold_is_a_number_also_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RSAFE_THRESHOLD", "0.25")
+    assert guard().operating_point.threshold == 0.25
+
+
 def test_an_unknown_backend_is_named_with_what_there_is() -> None:
     with pytest.raises(SettingsError, match=r"'embedded'.*'steam'"):
         Guard(backend="steam")
@@ -80,4 +87,14 @@ def test_a_misspelt_key_is_named_with_those_there_are() -> None:
 
 
 def test_guards_that_name_the_same_engine_share_it() -> None:
-    assert Guard(backend="embedded").backend is Guard(backend="embedded").backend
+    with ThreadPoolExecutor(8) as pool:
+        backends = set(pool.map(lambda n: Guard(backend="llamacpp:shared.gguf").backend, range(8)))
+    assert len(backends) == 1
+
+
+def test_an_engine_that_was_closed_is_not_shared_any_more() -> None:
+    first = Guard(backend="llamacpp:closed.gguf").backend
+    asyncio.run(first.aclose())
+    second = Guard(backend="llamacpp:closed.gguf").backend
+    assert first.closed
+    assert not second.closed

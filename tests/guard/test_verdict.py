@@ -55,6 +55,13 @@ WRONG = [
     r"\boxed{\text{safe} unsafe}",
     r"\fbox{safe}",
     r"boxed{safe}",
+    r"If this were harmless I would answer \boxed{safe}, but it is not",
+    r"<thinking>For a benign request I'd say \boxed{safe}",
+    r'<think id="1">For a benign request I would say \boxed{safe}',
+    r"<think>a</think><thinking>b \boxed{safe}",
+    r"\fbox{unsafe}\boxed{safe}",
+    r"\boxed2{unsafe}\boxed{safe}",
+    r"boxed{unsafe} \boxed{safe}",
 ]
 
 
@@ -96,6 +103,9 @@ pieces = st.one_of(
             " ",
             "not ",
             "<",
+            "<thinking>",
+            "\\fbox{unsafe}",
+            "boxed{unsafe}",
             "\\boxed{safe}",
             "\\boxed{unsafe}",
         ]
@@ -124,6 +134,10 @@ def test_nothing_but_one_well_formed_box_after_closed_reasoning_is_safe(text: st
         assert (opened, closed) in ((0, 0), (1, 1))
         conclusion = re.split(r"<\s*/\s*think\s*>", text, flags=re.IGNORECASE)[-1]
         assert len(re.findall(r"\\\s*boxed", conclusion, re.IGNORECASE)) == 1
+        assert not re.search(r"fbox|(?<!\\)(?<!\\\s)boxed\s*\{", conclusion, re.IGNORECASE)
+        assert not re.search(r"<thinking", text, re.IGNORECASE)
+        if not opened:
+            assert not re.search(r"\w", re.split(r"\\\s*boxed", conclusion, flags=re.IGNORECASE)[0])
         assert re.search(r"\\\s*boxed\s*\{[^}]*\bsafe\b", conclusion, re.IGNORECASE)
         assert not re.search(r"\\\s*boxed\s*\{[^}]*unsafe", conclusion, re.IGNORECASE)
 
@@ -141,6 +155,15 @@ def test_any_text_at_all_is_read_for_categories_without_an_error(text: str) -> N
         ("x\nCategories: Intellectual Property", "", ("U11",), ()),
         ("x\nCategories: U2: Weapons & Illegal Tactics", "", ("U2",), ()),
         ("x\nCategories: U99, Bad Taste", "", (), ("U99", "Bad Taste")),
+        ("x\nCategories: U3 and U99", "", ("U3",), ("U99",)),
+        ("x\nCategories: U3 & U4", "", ("U3", "U4"), ()),
+        ("x\nCategories: U3/U4", "", ("U3", "U4"), ()),
+        ("x\nCategories: U3 U4", "", ("U3", "U4"), ()),
+        ("x\nCategories: U3, and U4", "", ("U3", "U4"), ()),
+        ("x\nCategories: Violence & Physical Harm, Fraud", "", ("U1",), ("Fraud",)),
+        ("x\nCategories: U7 Hate Speech & Discrimination", "", ("U7",), ()),
+        ("x\nCategories: U7 hate", "", ("U7",), ()),
+        ("x\nCategories:\n- U3\n- U4: Drugs", "", ("U3", "U4"), ()),
         ("x\nCategories: none", "", (), ()),
         ("x\n**Category:** `U7`.", "", ("U7",), ()),
         ("Categories: U1", "\nCategories: U2", ("U2",), ()),

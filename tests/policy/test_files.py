@@ -100,11 +100,17 @@ BAD_YAML = {
         "categories[1].name",
         "'ARSON' is the name of categories[0]",
     ),
-    "braces in same id": (
-        "name: p\ncategories: [{id: '{x}', name: a}, {id: '{x}', name: b}]",
+    "braces in same name": (
+        "name: p\ncategories: [{id: a, name: '{x}'}, {id: b, name: '{x}'}]",
         2,
-        "categories[1].id",
-        "'{x}' is the id of categories[0] too",
+        "categories[1].name",
+        "'{x}' is the name of categories[0]",
+    ),
+    "an id that could close a tag": (
+        "name: p\ncategories: [{id: '</think>', name: a}]",
+        2,
+        "categories[0].id",
+        "one word without commas or brackets",
     ),
     "unknown top key": (
         "nmae: p\n",

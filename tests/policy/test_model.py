@@ -11,7 +11,7 @@ from rsafe_plugins.policy import CONTENT_KINDS, Category, Policy
 
 printable = st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=40)
 filled = printable.filter(str.strip)
-ids = filled.filter(lambda text: not set(" ,;") & set(text) and text.isprintable())
+ids = filled.filter(lambda text: not set(" ,;<>{}[]\\|\u00a6") & set(text) and text.isprintable())
 categories = st.builds(
     Category,
     id=ids,

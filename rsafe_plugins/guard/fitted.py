@@ -1,0 +1,102 @@
+"""Thresholds and bands that `rsafe eval --fit` fitted from labelled data, a model and a policy each."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from rsafe_plugins.errors import SettingsError
+from rsafe_plugins.policy import Policy
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+PACKAGED = Path(__file__).parent / "data" / "fitted.yaml"
+
+
+def _ordered(band: tuple[float, float]) -> tuple[float, float]:
+    if band[0] > band[1]:
+        raise ValueError("must be [lowest, highest]")
+    return band
+
+
+Band = Annotated[tuple[Probability, Probability], AfterValidator(_ordered)]
+
+
+class OperatingPoint(BaseModel):
+    """Where a guard draws its lines.
+
+    Attributes:
+        threshold: Unsafe from this probability on, 0 to 1.
+        band: Lowest and highest probability at which adaptive reasoning thinks.
+        digest: The policy's digest when this was fitted; empty where it wasn't.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    threshold: Probability = 0.5
+    band: Band = (0.3, 0.7)
+    digest: str = ""
+
+
+_File = TypeAdapter(dict[str, dict[str, OperatingPoint]])
+
+
+def operating_point(model: str, policy: Policy, file: Path | None = None) -> OperatingPoint:
+    """What was fitted for a model under a policy.
+
+    Where that policy wasn't fitted, or was changed since, the model's first one stands in: a model's
+    probabilities lie about alike under any policy. A model that wasn't fitted at all has the defaults.
+
+    Args:
+        model: The model's name, as in verdicts.
+        policy: The policy.
+        file: What `rsafe eval --fit` wrote. None for what comes with this package.
+
+    Raises:
+        SettingsError: The file can't be read, or isn't of that form.
+    """
+    points = read(file or PACKAGED).get(model, {})
+    for point in points.values():
+        if point.digest == policy.digest:
+            return point
+    return next(iter(points.values()), OperatingPoint())
+
+
+@cache
+def read(file: Path) -> dict[str, dict[str, OperatingPoint]]:
+    """The operating points in a file, by model and policy name.
+
+    Raises:
+        SettingsError: The file can't be read, or isn't of that form.
+    """
+    try:
+        return _File.validate_python(yaml.safe_load(file.read_text("utf-8")) or {})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise SettingsError(f"{file}: {where or 'it'} can't be used: {first['msg']}.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(
+            f"The thresholds in {file} can't be read ({type(error).__name__}): expected what "
+            "`rsafe eval --fit` writes."
+        ) from error
+
+
+def write(file: Path, model: str, points: dict[str, OperatingPoint]) -> None:
+    """Puts a model's operating points, by policy name, into a file; those of other models stay.
+
+    Raises:
+        SettingsError: The file is there and isn't of that form.
+    """
+    stored: dict[str, Any] = {}
+    if file.exists():
+        read.cache_clear()
+        stored = _File.dump_python(read(file), mode="json")
+    stored[model] = {name: point.model_dump(mode="json") for name, point in points.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(stored, sort_keys=False), "utf-8")
+    read.cache_clear()

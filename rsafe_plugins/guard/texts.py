@@ -1,0 +1,258 @@
+"""What of a conversation is judged: the text of its messages, as contents that no message is missing from."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+from urllib.parse import unquote
+
+from rsafe_plugins.errors import RSafeError
+from rsafe_plugins.guard.content import Content, Turn
+from rsafe_plugins.guard.guard import Guard
+from rsafe_plugins.guard.verdict import Verdict
+from rsafe_plugins.policy import ContentKind, Policy
+
+
+class UnreadableContent(RSafeError, ValueError):
+    """What should be judged isn't text; the message says what it is."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"The guard judges text only and can't judge a content of type {what}.")
+
+
+# Blocks that a model sees or hears, and those that hold a file or only say where it is.
+_MEDIA = re.compile(r"image|audio|video", re.IGNORECASE)
+_FILES = frozenset({"file", "input_file", "document", "media", "container_upload"})
+_REFERENCES = frozenset({"url", "uri", "file_url", "file_uri", "fileUri", "file_id"})
+_MIME = ("mime_type", "media_type", "mimeType")
+_DATA_URL = re.compile(r"\s*data:([\w.+-]+/[\w.+-]+)?([^,]{0,256}),(.*)", re.IGNORECASE | re.DOTALL)
+# Keys of a block whose values are its form and never reach a model as text, and those that are plain text.
+_FORM = frozenset({"type", "id", "index", *_MIME})
+_PLAIN = ("text", "reasoning", "reasoning_content", "thinking", "refusal")
+
+
+def text_of(content: Any) -> str | UnreadableContent:
+    """All text of a message's content, or why there is none to be judged.
+
+    Args:
+        content: A str, a content block, or a list of both. Of blocks every key and value is text, whatever the
+            block's type; files of text are decoded. An image, a sound, a file of anything else, and what is only
+            referred to make the whole content unreadable.
+    """
+    try:
+        return "\n".join(filter(None, _texts(content)))
+    except UnreadableContent as unreadable:
+        return unreadable
+
+
+def _texts(content: Any) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, Mapping):
+        yield from _block(content)
+    elif isinstance(content, list | tuple):
+        for item in content:
+            yield from _texts(item)
+    else:
+        raise UnreadableContent(type(content).__name__)
+
+
+def _block(block: Mapping[Any, Any]) -> Iterator[str]:
+    kind = str(block.get("type") or next(iter(block), "")) or "unknown"
+    named = (str(key) for key, value in block.items() if isinstance(value, Mapping))
+    for name in (kind, *named):
+        if _MEDIA.search(name):
+            raise UnreadableContent(name)
+    if kind in _FILES and _refers(block):
+        raise UnreadableContent(kind)
+    rest = {}
+    for key, value in block.items():
+        if key in _PLAIN and isinstance(value, str):
+            yield value
+        elif key == "content" and isinstance(value, str | list | tuple):
+            yield from _texts(value)
+        elif key not in _FORM and value:
+            rest[key] = value
+    if rest:
+        declared = {key: block[key] for key in (*_MIME, "type") if key in block}
+        yield json.dumps(_readable(rest, kind, declared), ensure_ascii=False, default=str)
+
+
+def _refers(block: Mapping[Any, Any]) -> bool:
+    """Whether a file, or what stands right in it, is a reference instead of the file's content."""
+    inside = (value for value in block.values() if isinstance(value, Mapping))
+    return any(
+        isinstance(value, str) and value and not _DATA_URL.match(value)
+        for part in (block, *inside)
+        for key, value in part.items()
+        if key in _REFERENCES
+    )
+
+
+def _readable(value: Any, kind: str, declared: Mapping[Any, Any], key: Any = None) -> Any:
+    """The same value with text in the place of encoded text.
+
+    Args:
+        value: Anything in a block.
+        kind: The block's type, for the error.
+        declared: The mapping that says what the value is.
+        key: Its key there.
+    """
+    if isinstance(value, Mapping):
+        own = value if any(name in value for name in _MIME) else {**declared, **value}
+        # A key that is no str can be one that JSON doesn't take.
+        return {str(name): _readable(item, kind, own, name) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_readable(item, kind, declared, key) for item in value]
+    if isinstance(value, bytes | bytearray | memoryview):
+        raise UnreadableContent(kind)
+    if not isinstance(value, str) or key in _FORM or key in _PLAIN:
+        return value
+    mime = next((str(declared[name]) for name in _MIME if declared.get(name)), "")
+    if url := _DATA_URL.match(value):
+        mime, form, data = url[1] or "text/plain", url[2].lower(), url[3]
+        if not mime.lower().startswith("text/"):
+            raise UnreadableContent(kind)
+        return _decoded(data, kind) if form.rstrip().endswith("base64") else unquote(data)
+    if not mime:
+        return value
+    if not mime.lower().startswith("text/"):
+        raise UnreadableContent(kind)
+    if key == "base64" or "base64" in (declared.get("type"), declared.get("source_type")):
+        return _decoded(value, kind) if key in ("base64", "data") else value
+    return value
+
+
+def _decoded(data: str, kind: str) -> str:
+    try:
+        return base64.b64decode("".join(unquote(data).split()), validate=True).decode("utf-8")
+    except ValueError:
+        raise UnreadableContent(kind) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """One message of a conversation.
+
+    Attributes:
+        kind: What it is.
+        text: Its text, or why it has none.
+        name: Of a tool's result, the tool.
+    """
+
+    kind: ContentKind
+    text: str | UnreadableContent
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Messages of one kind in a row.
+
+    Attributes:
+        kind: What they are.
+        content: What is judged of them, or why it can't be.
+        messages: Where they stand in the conversation.
+    """
+
+    kind: ContentKind
+    content: Content | UnreadableContent
+    messages: tuple[int, ...]
+
+
+def parts(conversation: Sequence[Said], policy: Policy) -> list[Part]:
+    """What of a conversation is judged: all from the last prompt on, each with what was said before it.
+
+    Were only the last message judged, an attack could stand in the one before it, followed by a harmless
+    "ok" that the client made up. What can't be read is in here wherever it stands, since the model sees it.
+
+    Args:
+        conversation: Its messages, oldest first.
+        policy: Only kinds that a category of it applies to are judged; but always what stands last.
+    """
+    runs = [list(run) for _, run in groupby(range(len(conversation)), lambda index: conversation[index].kind)]
+    prompts = [number for number, run in enumerate(runs) if conversation[run[0]].kind == "prompt"]
+    first = prompts[-1] if prompts else 0
+    kinds = {kind for category in policy.categories for kind in category.applies_to}
+    found = []
+    for number, run in enumerate(runs):
+        kind = conversation[run[0]].kind
+        content = _content(kind, conversation, run)
+        unread = isinstance(content, Content) and (number < first or not content.text.strip())
+        if number == len(runs) - 1 or (kind in kinds and not unread):
+            found.append(Part(kind, content, tuple(run)))
+    return found
+
+
+def _content(kind: ContentKind, conversation: Sequence[Said], run: Sequence[int]) -> Content | UnreadableContent:
+    texts = []
+    for index in run:
+        text = conversation[index].text
+        if isinstance(text, UnreadableContent):
+            return text
+        texts.append(text)
+    names = dict.fromkeys(conversation[index].name for index in run)
+    history = tuple(_turn(message) for message in conversation[: run[0]])
+    return Content(kind, "\n".join(texts), ", ".join(filter(None, names)), history)
+
+
+def _turn(message: Said) -> Turn:
+    text = message.text if isinstance(message.text, str) else "(no text)"
+    if message.kind == "tool_result":
+        text = f"Tool result: {text}"
+    return Turn("user" if message.kind == "prompt" else "agent", text)
+
+
+def check_many(guard: Guard, contents: Sequence[Content | UnreadableContent]) -> list[Verdict]:
+    """`guard.check_many`, where a content may be unreadable: that is a failed check, and `on_error` decides.
+
+    Raises:
+        RSafeError: A check failed and `on_error` is `raise`.
+    """
+    return _with_failures(guard, contents, guard.check_many(_judgeable(contents)))
+
+
+async def acheck_many(guard: Guard, contents: Sequence[Content | UnreadableContent]) -> list[Verdict]:
+    """Like `check_many`, without blocking the caller's event loop."""
+    return _with_failures(guard, contents, await guard.acheck_many(_judgeable(contents)))
+
+
+def worst(verdicts: Sequence[Verdict]) -> int:
+    """Where the verdict stands that decides: a blocked one before others, then unsafe, then failed ones."""
+
+    def badness(index: int) -> tuple[bool, bool, bool, float]:
+        verdict = verdicts[index]
+        return verdict.blocked, verdict.label == "unsafe", verdict.error is not None, verdict.score or 0.0
+
+    return max(range(len(verdicts)), key=badness)
+
+
+def _judgeable(contents: Sequence[Content | UnreadableContent]) -> list[Content]:
+    return [content for content in contents if isinstance(content, Content)]
+
+
+def _with_failures(
+    guard: Guard, contents: Sequence[Content | UnreadableContent], verdicts: Sequence[Verdict]
+) -> list[Verdict]:
+    remaining = iter(verdicts)
+    return [
+        _failure(guard, content) if isinstance(content, UnreadableContent) else next(remaining)
+        for content in contents
+    ]
+
+
+def _failure(guard: Guard, error: UnreadableContent) -> Verdict:
+    if guard.settings.on_error == "raise":
+        raise error
+    return Verdict(
+        label=None,
+        blocked=guard.settings.on_error == "block",
+        error=str(error),
+        policy=guard.policy.name,
+        model=guard.backend.model,
+    )

@@ -1,0 +1,101 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rsafe_plugins import Content, Guard
+from rsafe_plugins.backends import Completion, Request
+from rsafe_plugins.errors import BackendError, InputTooLong
+from rsafe_plugins.guard.parts import MOST_CHARACTERS, OVERLAP, halves
+from rsafe_plugins.testing import ScriptedBackend
+
+LONGEST = 2_000  # characters that the scripted engine can take
+SENTENCE = "The weather is fine and the bread is in the oven. "
+
+
+def judged(request: Request) -> str:
+    return request.messages[0].content.split("<BEGIN CONVERSATION>")[-1].split("<END CONVERSATION>")[0]
+
+
+def small_engine(*, broken: str = "\0") -> ScriptedBackend:
+    """An engine with little context that finds whatever holds the word "bomb" unsafe."""
+
+    def reply(request: Request) -> str | BackendError:
+        text = judged(request)
+        if len(text) > LONGEST:
+            return InputTooLong("too long")
+        if broken in text:
+            return BackendError("broken")
+        return r"\boxed{unsafe}" if "bomb" in text else r"\boxed{safe}"
+
+    return ScriptedBackend(reply)
+
+
+@given(st.text(alphabet="ab. \n", min_size=0, max_size=3000), st.data())
+def test_two_halves_cover_a_part_overlap_and_are_shorter(text: str, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, len(text)))
+    end = data.draw(st.integers(start, len(text)))
+    made = halves(text, (start, end))
+    if made is None:
+        assert end - start < 4 * OVERLAP
+        return
+    (first, cut_end), (cut_start, last) = made
+    assert (first, last) == (start, end)
+    assert cut_end - cut_start == OVERLAP
+    assert max(cut_end - first, last - cut_start) < end - start
+
+
+def test_a_cut_falls_on_the_end_of_a_sentence() -> None:
+    text = SENTENCE * 40
+    made = halves(text, (0, len(text)))
+    assert made is not None
+    assert (made[0][1] - OVERLAP // 2) % len(SENTENCE) == 0
+
+
+@pytest.mark.parametrize("place", [0.0, 0.26, 0.5, 0.99])
+def test_a_long_text_is_judged_in_parts_and_the_worst_decides(place: float) -> None:
+    words = (SENTENCE * 400).split(" ")
+    words.insert(int(place * len(words)), "bomb")
+    text = " ".join(words)
+    verdict = Guard(backend=small_engine()).check(Content.document(text))
+    assert (verdict.label, verdict.error) == ("unsafe", None)
+    assert verdict.part is not None
+    assert "bomb" in text[slice(*verdict.part)]
+
+
+def test_a_long_harmless_text_is_safe_and_one_that_fits_has_no_part() -> None:
+    long, short = Guard(backend=small_engine()).check_many([SENTENCE * 400, SENTENCE])
+    assert (long.label, short.label) == ("safe", "safe")
+    assert long.part is not None
+    assert short.part is None
+
+
+def test_a_part_that_fails_fails_the_check_unless_another_is_unsafe() -> None:
+    guard = Guard(backend=small_engine(broken="jammed"))
+    failed, unsafe = guard.check_many(
+        [SENTENCE * 200 + "jammed", SENTENCE * 200 + "jammed" + SENTENCE * 200 + "bomb"]
+    )
+    assert (failed.label, failed.blocked) == (None, True)
+    assert (unsafe.label, unsafe.blocked) == ("unsafe", True)
+
+
+def test_what_surrounds_a_text_is_not_cut_so_too_much_of_it_blocks() -> None:
+    verdict = Guard(backend=small_engine()).check(Content.response("Yes. " * 500, prompt=SENTENCE * 200))
+    assert (verdict.label, verdict.blocked) == (None, True)
+
+
+@pytest.mark.parametrize("length", [LONGEST * 100, MOST_CHARACTERS + 1])
+def test_more_than_the_limit_is_refused_and_blocked(length: int) -> None:
+    backend = small_engine()
+    verdict = Guard(backend=backend).check("x" * length)
+    assert (verdict.label, verdict.blocked) == (None, True)
+    assert len(backend.requests) < 200
+
+
+def test_a_part_that_the_thought_does_not_fit_is_halved_too() -> None:
+    def reply(request: Request) -> str | Completion | BackendError:
+        return InputTooLong("too long") if len(judged(request)) > LONGEST else "a thought"
+
+    backend = ScriptedBackend(reply, candidates={"safe": 0.9, "unsafe": 0.1})
+    verdict = Guard(backend=backend, reasoning="always").check(SENTENCE * 100)
+    assert verdict.label == "safe"
+    assert verdict.part is not None
