@@ -66,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Python flushes standard output once more at exit, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except OSError as error:
+        click.echo(f"rsafe: {printable(str(error))}", err=True)
+        return USAGE
     except Exception:
         # Not an error we foresaw: its traceback is wanted, but status 1 would say "blocked".
         traceback.print_exc()

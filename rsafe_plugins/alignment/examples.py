@@ -23,6 +23,7 @@ from rsafe_plugins.guard.neutralize import neutralize
 from rsafe_plugins.guard.verdict import Label
 from rsafe_plugins.policy import Category, Policy
 
+_RUNS = 16  # batches that are sorted by length together
 _REFUSALS = ("sorry", "cannot", "can't", "unable", "not able", "won't", "apologize", "not appropriate")
 
 
@@ -84,24 +85,32 @@ def category_ids(item: LabelledItem) -> tuple[str, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def policy_variant(chance: random.Random, *, whole: float = 0.6, reworded: float = 0.2) -> PolicyVariant:
+def policy_variant(
+    chance: random.Random, *, whole: float = 0.5, names: float = 0.3, reworded: float = 0.1
+) -> PolicyVariant:
     """Draws a policy from `rsafe-18`.
 
-    It stays as it stands, or keeps all categories in another order, with other ids and words, or keeps three
-    to nine of them so changed.
+    It stays as it stands, or loses its descriptions, or keeps all categories in another order, with other ids
+    and words, or keeps three to nine of them so changed.
 
     Args:
         chance: Source of randomness.
         whole: Share of policies as they stand, 0 to 1.
+        names: Share of those that hold ids and names alone, 0 to 1; they are the quickest to train on.
         reworded: Share of those that keep every category but change how it is put, 0 to 1.
     """
     policy = Policy.load("rsafe-18")
     draw = chance.random()
-    if draw < whole:
-        return PolicyVariant(policy, {category.id: category.id for category in policy.categories})
+    if draw < whole + names:
+        kept = policy.categories
+        if draw >= whole:
+            kept = tuple(Category(id=category.id, name=category.name) for category in kept)
+        return PolicyVariant(
+            Policy(name=policy.name, categories=kept), {category.id: category.id for category in kept}
+        )
     categories = list(policy.categories)
     chance.shuffle(categories)
-    if draw >= whole + reworded:
+    if draw >= whole + names + reworded:
         categories = categories[: chance.randint(3, 9)]
     style = chance.choice(("number", "letter", "prefix", "word"))
     _, wordings = _wordings()
@@ -205,8 +214,23 @@ def _sometimes(made: Example, thoughts: float, chance: random.Random) -> Example
     return made if chance.random() < thoughts else replace(made, thought=None)
 
 
+def _by_length(items: Sequence[LabelledItem], size: int, chance: random.Random) -> list[LabelledItem]:
+    """Shuffled, so that each run of `size` items has about one length, and little of a batch is padding."""
+    shuffled = list(items)
+    chance.shuffle(shuffled)
+    runs: list[list[LabelledItem]] = []
+    for start in range(0, len(shuffled), size * _RUNS):
+        window = sorted(
+            shuffled[start : start + size * _RUNS],
+            key=lambda item: (item.task, len(item.prompt) + len(item.response) + len(item.document)),
+        )
+        runs.extend(window[first : first + size] for first in range(0, len(window), size))
+    chance.shuffle(runs)
+    return [item for run in runs for item in run]
+
+
 def batches(
-    items: Sequence[LabelledItem], size: int, seed: int, categorizer: Categorizer, thoughts: float = 0.35
+    items: Sequence[LabelledItem], size: int, seed: int, categorizer: Categorizer, thoughts: float = 0.2
 ) -> Iterator[tuple[PolicyVariant, list[Example]]]:
     """Every item once, in batches that share one policy; an item that the drawn policy can't judge waits.
 
@@ -220,8 +244,8 @@ def batches(
     chance = random.Random(seed)
     documents = [item for item in items if item.task == "document"]
     waiting = [item for item in items if item.task != "document"]
-    chance.shuffle(documents)
-    chance.shuffle(waiting)
+    documents = _by_length(documents, size, chance)
+    waiting = _by_length(waiting, size, chance)
     while waiting or documents:
         if documents and chance.random() < len(documents) / (len(documents) + len(waiting)):
             taken, documents = documents[:size], documents[size:]

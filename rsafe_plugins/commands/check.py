@@ -45,7 +45,12 @@ SAFE, BLOCKED, FAILED = 0, 1, 3
     type=click.Choice(["never", "always", "adaptive"]),
     help="Whether the guard thinks before its verdict; adaptive: only when it is unsure.",
 )
-@click.option("--threshold", type=click.FloatRange(0, 1), metavar="P", help="Block from this probability on.")
+@click.option(
+    "--threshold",
+    type=common.Threshold(),
+    metavar="P|FILE",
+    help="Block from this probability on; or a file that `rsafe eval --fit` wrote.",
+)
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="For each check.")
 @click.option(
     "--on-error", type=click.Choice(["block", "allow", "raise"]), help="What to do if the guard fails."

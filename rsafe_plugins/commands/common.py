@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,6 +15,20 @@ from rsafe_plugins import Guard
 def make_guard(**settings: Any) -> Guard:
     """The guard of a command. Settings that are None take their default. Tests put their own guard here."""
     return Guard(**settings)
+
+
+class Threshold(click.ParamType):  # type: ignore[type-arg]  # generic in the newest click only
+    """A probability, or a file that `rsafe eval --fit` wrote."""
+
+    name = "P|FILE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | Path:
+        """A number from 0 to 1, or else a path."""
+        try:
+            float(value)
+        except ValueError:
+            return Path(value)
+        return click.FloatRange(0, 1).convert(value, param, ctx)
 
 
 def printable(text: str) -> str:

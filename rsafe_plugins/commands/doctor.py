@@ -17,6 +17,14 @@ import click
 from rich.text import Text
 
 from rsafe_plugins import BackendUnavailable, Policy, PolicyError, RSafeError, SettingsError
+from rsafe_plugins.backends import backend_from_string
+from rsafe_plugins.backends.weights import (
+    CACHE_VARIABLE,
+    MODEL_VARIABLE,
+    chosen_model,
+    describe_weights,
+    verify_weights,
+)
 from rsafe_plugins.commands import common
 from rsafe_plugins.guard import GuardSettings
 
@@ -26,13 +34,15 @@ WORKS, FAILED = 0, 3
 OPTIONAL = {
     "nemoguardrails": "nemo",
     "langchain-core": "langchain",
-    "langchain": "langchain",
     "llama-index-core": "llama-index",
     "transformers": "transformers",
     "torch": "transformers",
-    "vllm": "vllm",
     "openai": "openai",
+    "scikit-learn": "eval",
+    "peft": "align",
 }
+
+_FETCH = shlex.join([sys.executable, "-m", "rsafe_plugins.cli", "check", "--backend", "embedded", "hello"])
 
 
 @dataclass(frozen=True)
@@ -57,11 +67,11 @@ class Finding:
 def doctor(as_json: bool) -> int:
     """Shows what works, what is missing, and how to mend it.
 
-    Exit status: 0 the embedded guard works, 3 it doesn't.
+    Exit status: 0 the embedded guard works under your settings, 3 something is wrong.
     """
     embedded = list(_embedded_guard())
     findings = [*embedded, *_settings(), *_optional()]
-    works = all(finding.ok for finding in embedded)
+    works = all(finding.ok is not False for finding in findings)
     if as_json:
         common.print_json({"works": works, "findings": [asdict(finding) for finding in findings]})
     else:
@@ -87,27 +97,21 @@ def _embedded_guard() -> Iterator[Finding]:
 
 
 def _weights() -> Finding:
-    from rsafe_plugins.backends.weights import MODEL_VARIABLE, chosen_model, describe_weights, verify_weights
-
     weights = describe_weights()
     if chosen_model() is not None:
         mend = None if weights.present else f"set {MODEL_VARIABLE} to a GGUF file, or unset it"
         return Finding("weights", weights.present, f"{weights.path} ({MODEL_VARIABLE})", mend)
     if not weights.present:
         detail = f"not fetched yet: {weights.size / 1e6:.0f} MB, {weights.source}"
-        return Finding("weights", False, detail, 'rsafe check "hello"')
+        return Finding("weights", False, detail, _FETCH)
     try:
         verify_weights()
     except BackendUnavailable as error:
-        return Finding(
-            "weights", False, str(error), f"rm {shlex.quote(str(weights.path))} && rsafe check hello"
-        )
+        return Finding("weights", False, str(error), f"rm {shlex.quote(str(weights.path))} && {_FETCH}")
     return Finding("weights", True, f"{weights.path}, {weights.size / 1e6:.0f} MB, SHA-256 verified")
 
 
 def _adapter() -> Finding:
-    from rsafe_plugins.backends.weights import MODEL_VARIABLE, chosen_model
-
     if chosen_model() is not None:
         return Finding("adapter", None, f"not used with {MODEL_VARIABLE}")
     adapters = sorted(path.name for path in Path(str(files("rsafe_plugins.backends"))).glob("data/*.gguf"))
@@ -128,10 +132,18 @@ def _verdict() -> Iterator[Finding]:
 
 def _settings() -> Iterator[Finding]:
     variables = sorted(name for name in os.environ if name.startswith("RSAFE_"))
+    known = {f"RSAFE_{name.upper()}" for name in GuardSettings.model_fields} | {
+        MODEL_VARIABLE,
+        CACHE_VARIABLE,
+    }
+    for name in sorted(set(variables) - known):
+        yield Finding("settings", False, f"{name} is no setting of the guard", f"unset {name}")
     sources = [*variables, *(["rsafe.yaml"] if Path("rsafe.yaml").exists() else [])]
     try:
         settings = GuardSettings.read({})
         policy = settings.policy if isinstance(settings.policy, Policy) else Policy.load(settings.policy)
+        if isinstance(settings.backend, str):
+            backend_from_string(settings.backend)  # starts nothing
     except (SettingsError, PolicyError) as error:
         yield Finding("settings", False, str(error), f"correct it in {' or '.join(sources)}")
         return
@@ -144,11 +156,7 @@ def _settings() -> Iterator[Finding]:
 def _optional() -> Iterator[Finding]:
     for package, extra in OPTIONAL.items():
         found = _installed(package)
-        mend = _pip(extra)
-        if package == "vllm":
-            # It pins a torch and a transformers of its own, and would take those of the others away.
-            mend = "python3 -m venv vllm-env && " + _pip(extra, python="vllm-env/bin/python")
-        yield Finding(package, None, found or "not installed", None if found else mend)
+        yield Finding(package, None, found or "not installed", None if found else _pip(extra))
 
 
 def _installed(package: str) -> str | None:
@@ -158,8 +166,8 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def _pip(extra: str, *options: str, python: str = sys.executable) -> str:
-    return shlex.join([python, "-m", "pip", "install", *options, f"rsafe-plugins[{extra}]"])
+def _pip(extra: str, *options: str) -> str:
+    return shlex.join([sys.executable, "-m", "pip", "install", *options, f"rsafe-plugins[{extra}]"])
 
 
 def _without_password(backend: str) -> str:
@@ -170,10 +178,12 @@ def _print(findings: list[Finding], works: bool) -> None:
     console = common.console()
     marks = {True: Text("ok   ", style="green"), False: Text("WRONG", style="bold red"), None: Text("     ")}
     for finding in findings:
-        line = Text.assemble(marks[finding.ok], f" {finding.name:<17}", common.printable(finding.detail))
+        line = Text.assemble(
+            marks[finding.ok], f" {finding.name:<17}", common.printable(" ".join(finding.detail.split()))
+        )
         console.print(line, soft_wrap=True)
         if finding.mend:
             # Whole, on a line of its own: to be copied.
             console.print(Text(f"{'':<6}> {common.printable(finding.mend)}", style="cyan"), soft_wrap=True)
-    outcome = "The embedded guard works." if works else "The embedded guard does not work."
+    outcome = "The guard works." if works else "The guard does not work as it is set up."
     console.print(Text(outcome, style="bold green" if works else "bold red"))

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from rsafe_plugins import Guard
+from rsafe_plugins import Guard, Verdict
 from rsafe_plugins.commands import common
+from rsafe_plugins.errors import DataError
+from rsafe_plugins.evaluation.fit import fit
 from rsafe_plugins.evaluation.items import LabelledItem, read_items
 from rsafe_plugins.evaluation.metrics import Metrics, measure
 from rsafe_plugins.evaluation.run import judge, sample
+from rsafe_plugins.guard.fitted import OperatingPoint, write
 
 COLUMNS = {
     "f1": "F1",
@@ -27,15 +31,21 @@ COLUMNS = {
     "auprc": "AUPRC",
 }
 
+GUARD_FAILED = 3
+_MODES = ("never", "always")
+
 
 @click.command("eval")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path))
 @click.option("--policy", metavar="NAME|PATH", help="For prompts and responses. Default: rsafe-18.")
 @click.option("--document-policy", default="prompt-injection", show_default=True, metavar="NAME|PATH")
-@click.option("--backend", metavar="ENGINE", help="For example embedded, llamacpp:PATH.")
+@click.option("--backend", metavar="ENGINE", help="For example embedded, llamacpp:PATH, openai:URL#MODEL.")
 @click.option("--reasoning", type=click.Choice(["never", "always", "adaptive"]))
 @click.option(
-    "--threshold", type=click.FloatRange(0, 1), metavar="P", help="Unsafe from this probability on."
+    "--threshold",
+    type=common.Threshold(),
+    metavar="P|FILE",
+    help="Unsafe from this probability on, or a file that --fit wrote.",
 )
 @click.option("--template", metavar="PATH", type=click.Path(), help="The wording of the guard's prompt.")
 @click.option(
@@ -45,46 +55,117 @@ COLUMNS = {
     "--verdicts",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Keep every verdict in this file; a run that was stopped goes on from it.",
+    help="Keep every verdict in this file; a run that was stopped goes on from it. Models are told apart by "
+    "their file's name: take a new file for a new adapter.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a file, and nothing else.")
+@click.option(
+    "--fit",
+    "fit_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Fit threshold and band on these items, bare and with a thought, and put them into this file.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, and nothing else.")
 def evaluate(
     files: tuple[Path, ...],
     policy: str | None,
     document_policy: str,
     limit: int | None,
     verdicts: Path | None,
+    fit_file: Path | None,
     as_json: bool,
     **settings: Any,
 ) -> int:
     """Judges the labelled items of each FILE (JSON Lines) and prints F1, both errors and the areas.
 
-    A check that fails counts as wrong, and failures are shown.
+    A check that fails counts as wrong, and failures are shown; if all fail, the exit status is 3. With --fit it
+    judges every item twice and writes where the guard should draw its lines: threshold=FILE in the guard's
+    settings uses them. Fit on items that neither training nor the evaluation has seen.
     """
+    if find_spec("sklearn") is None:
+        raise click.UsageError('Measuring needs scikit-learn: pip install "rsafe-plugins[eval]".')
     sets = {path: sample(read_items(path), limit) for path in files}
-    guards = {
-        True: common.make_guard(policy=document_policy, **settings),
-        False: common.make_guard(policy=policy, **settings),
-    }
-
-    def guard_for(item: LabelledItem) -> Guard:
-        return guards[item.task == "document"]
-
+    if fit_file is not None:
+        return _fit(sets, policy, document_policy, verdicts, fit_file, as_json, settings)
+    guards = _guards(policy, document_policy, settings)
     rows: dict[Path, Metrics] = {}
     with _progress() as progress:
         for path, items in sets.items():
-            bar = progress.add_task(path.stem, total=len(items))
-            found = judge(items, guard_for, verdicts, on_progress=partial(_show, progress, bar))
-            rows[path] = measure(items, found)
+            rows[path] = measure(items, _judge(progress, path.stem, items, guards, verdicts))
             if as_json:
                 common.print_json({"file": path.name, **asdict(rows[path])})
     if not as_json:
         common.console().print(_table(rows))
+    nothing_worked = all(metrics.failures == metrics.items for metrics in rows.values())
+    return GUARD_FAILED if nothing_worked else 0
+
+
+def _fit(
+    sets: Mapping[Path, Sequence[LabelledItem]],
+    policy: str | None,
+    document_policy: str,
+    verdicts: Path | None,
+    file: Path,
+    as_json: bool,
+    settings: Mapping[str, Any],
+) -> int:
+    if settings["reasoning"] is not None:
+        raise click.UsageError("--fit judges both ways; leave --reasoning out.")
+    items = [item for part in sets.values() for item in part]
+    modes = {mode: _guards(policy, document_policy, {**settings, "reasoning": mode}) for mode in _MODES}
+    with _progress() as progress:
+        bare, thought = (_judge(progress, mode, items, modes[mode], verdicts) for mode in _MODES)
+    points: dict[str, OperatingPoint] = {}
+    lines = []
+    for guard in modes["never"].values():
+        mine = [n for n, item in enumerate(items) if modes["never"][item.task == "document"] is guard]
+        fitted = fit([items[n] for n in mine], [bare[n] for n in mine], [thought[n] for n in mine])
+        if fitted is None:
+            continue
+        points[guard.policy.name] = OperatingPoint(
+            threshold=fitted.threshold, band=fitted.band, digest=guard.policy.digest
+        )
+        lines.append({"policy": guard.policy.name, "items": len(mine), **asdict(fitted)})
+    if not points:
+        raise DataError(
+            "Fitting needs safe and unsafe items that the guard could score; there are none of one of them."
+        )
+    write(file, modes["never"][False].backend.model, points)
+    for line in lines:
+        if as_json:
+            common.print_json(line)
+        else:
+            common.console().print(
+                f"{line['policy']}: unsafe from {line['threshold']} on, think from {line['band'][0]} to "
+                f"{line['band'][1]}. F1 on these {line['items']} items: never {line['never']:.3f}, adaptive "
+                f"{line['adaptive']:.3f}, always {line['always']:.3f}; adaptive generates "
+                f"{line['token_share']:.0%} of the tokens of always."
+            )
     return 0
 
 
-def _show(progress: Progress, bar: TaskID, done: int) -> None:
-    progress.update(bar, completed=done)
+def _guards(policy: str | None, document_policy: str, settings: Mapping[str, Any]) -> dict[bool, Guard]:
+    """The guard for prompts and responses (False), and the one for documents (True)."""
+    return {
+        False: common.make_guard(policy=policy, on_error="block", **settings),
+        True: common.make_guard(policy=document_policy, on_error="block", **settings),
+    }
+
+
+def _judge(
+    progress: Progress,
+    title: str,
+    items: Sequence[LabelledItem],
+    guards: Mapping[bool, Guard],
+    verdicts: Path | None,
+) -> list[Verdict]:
+    bar = progress.add_task(title, total=len(items))
+    return judge(
+        items,
+        lambda item: guards[item.task == "document"],
+        verdicts,
+        on_progress=lambda done: progress.update(bar, completed=done),
+    )
 
 
 def _progress() -> Progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -44,9 +45,8 @@ def judge(
     keys = [_key(item, guard) for item, guard in zip(items, guards, strict=True)]
     known = _stored(store)
     waiting = [row for row in zip(keys, items, guards, strict=True) if row[0] not in known]
-    on_progress(len(items) - len(waiting))
-    done = len(items) - len(waiting)
     while waiting:
+        on_progress(len(items) - len(waiting))
         guard = waiting[0][2]
         part = [row for row in waiting[:batch] if row[2] is guard]
         verdicts = guard.check_many(item.content() for _, item, _ in part)
@@ -54,15 +54,17 @@ def judge(
         _append(store, fresh)
         known.update(fresh)
         waiting = [row for row in waiting if row[0] not in fresh]
-        done += len(part)
-        on_progress(done)
+    on_progress(len(items))
     return [known[key] for key in keys]
 
 
 def _key(item: LabelledItem, guard: Guard) -> str:
-    settings = guard.settings
-    how = f"{guard.policy.digest[:12]}/{guard.backend.model}/{settings.reasoning}/{settings.threshold}/{settings.band}"
-    return f"{item.id}/{how}/{settings.max_reasoning_tokens}"
+    """What the guard is asked, and how; two items with the same text share a verdict."""
+    settings, point = guard.settings, guard.operating_point
+    messages = guard.prompt.messages(guard.policy, item.content())
+    asked = hashlib.blake2b(repr(messages).encode("utf-8"), digest_size=12).hexdigest()
+    how = f"{guard.backend.model}/{settings.reasoning}/{point.threshold}/{point.band}"
+    return f"{asked}/{how}/{settings.max_reasoning_tokens}"
 
 
 def _stored(store: Path | None) -> dict[str, Verdict]:

@@ -31,6 +31,7 @@ def test_training_leaves_an_adapter_for_peft_and_for_llama_cpp_and_says_what_was
     assert report["items"] == 20
     assert Path(report["gguf"]).read_bytes()[:4] == b"GGUF"
     assert (out / "adapter" / "adapter_model.safetensors").exists()
+    assert len((out / "held-out.jsonl").read_text().splitlines()) == 4
     assert json.loads((out / "log.jsonl").read_text().splitlines()[-1])["seen"] == 20
 
 

@@ -66,7 +66,7 @@ def test_an_unsafe_item_of_unknown_category_is_judged_only_under_the_whole_polic
 
 def test_variants_shuffle_reword_and_leave_out() -> None:
     chance = random.Random(0)
-    variants = [policy_variant(chance, whole=0.0, reworded=0.5) for _ in range(200)]
+    variants = [policy_variant(chance, whole=0.0, names=0.0, reworded=0.5) for _ in range(200)]
     original = [category.name for category in Policy.load("rsafe-18").categories]
     sizes = {len(variant.policy.categories) for variant in variants}
     assert sizes >= {3, 9, 18}
@@ -77,6 +77,25 @@ def test_variants_shuffle_reword_and_leave_out() -> None:
     assert ids == {True, False}
     for made in variants:
         assert {category.id for category in made.policy.categories} == set(made.ids.values())
+
+
+def test_a_variant_of_names_alone_keeps_ids_and_order() -> None:
+    made = policy_variant(random.Random(0), whole=0.0, names=1.0)
+    assert made.whole
+    original = Policy.load("rsafe-18").categories
+    assert [(c.id, c.name, c.description) for c in made.policy.categories] == [
+        (c.id, c.name, "") for c in original
+    ]
+
+
+def test_a_batch_holds_items_of_like_length() -> None:
+    items = [item("safe", text=" ".join(["word"] * (1 + n % 100))) for n in range(400)]
+    spreads = [
+        max(lengths) - min(lengths)
+        for _, batch in batches(items, 8, 0, UNSURE)
+        for lengths in [[len(example.content.text.split()) for example in batch]]
+    ]
+    assert sum(spreads) / len(spreads) < 20
 
 
 @pytest.mark.parametrize("label", ["safe", "unsafe"])

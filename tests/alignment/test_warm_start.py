@@ -1,5 +1,6 @@
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,55 @@ def test_the_same_seed_trains_the_same_adapter(tiny_base: Path, tmp_path: Path) 
         warm.train([(VARIANT, EXAMPLES)] * 3, total=18)
         losses.append([row["loss"] for row in warm.log.rows])
     assert losses[0] == losses[1]
+
+
+def test_a_run_that_died_goes_on_as_if_it_had_not(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rsafe_plugins.alignment.warm_start.CHECKPOINT_SECONDS", -1)
+    whole = stage(tiny_base, tmp_path / "whole")
+    whole.train([(VARIANT, EXAMPLES)] * 5, total=15)
+
+    def dying() -> Iterator[tuple[PolicyVariant, list[Example]]]:
+        yield from [(VARIANT, EXAMPLES)] * 3
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stage(tiny_base, tmp_path / "parts").train(dying(), total=15)
+    second = stage(tiny_base, tmp_path / "parts")
+    second.train([(VARIANT, EXAMPLES)] * 5, total=15)
+    rows = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["loss"] for row in rows] == [row["loss"] for row in whole.log.rows]
+    assert not (tmp_path / "parts" / "checkpoint.pt").exists()
+
+
+def test_a_run_that_died_does_not_go_on_with_other_settings(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rsafe_plugins.alignment.warm_start.CHECKPOINT_SECONDS", -1)
+
+    def dying() -> Iterator[tuple[PolicyVariant, list[Example]]]:
+        yield VARIANT, EXAMPLES
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stage(tiny_base, tmp_path).train(dying(), total=15)
+    with pytest.raises(AlignmentError, match="another learning_rate"):
+        stage(tiny_base, tmp_path, learning_rate=1e-5).train([(VARIANT, EXAMPLES)], total=15)
+
+
+def test_stopping_at_the_policy_leaves_the_loss_as_it_is_and_another_gradient(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    losses, found = [], []
+    for through in (True, False):
+        warm = stage(tiny_base, tmp_path, through_policy=through)
+        losses.append(warm.step(VARIANT, EXAMPLES))
+        found.append(gradients(warm.model))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert found[0].keys() == found[1].keys()
+    assert any(not torch.allclose(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_the_time_limit_ends_training(tiny_base: Path, tmp_path: Path) -> None:

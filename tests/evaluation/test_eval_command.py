@@ -61,6 +61,26 @@ def test_verdicts_are_kept_for_the_next_run(data: Path, tmp_path: Path) -> None:
     assert store.read_text() == first
 
 
+def test_fitting_writes_where_the_guard_draws_its_lines(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "fitted.yaml"
+    assert main(["eval", str(data), "--fit", str(file), "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    fitted = json.loads(line)
+    assert (fitted["policy"], fitted["items"]) == ("rsafe-18", 3)
+    guard = Guard(backend=ScriptedBackend("", candidates=probability), threshold=file)
+    assert guard.operating_point.threshold == fitted["threshold"]
+    assert 0.1 < fitted["threshold"] < 0.9
+
+
+def test_fitting_needs_both_labels(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data.write_text(data.read_text().splitlines()[0] + "\n")
+    assert main(["eval", str(data), "--fit", str(tmp_path / "fitted.yaml")]) == 2
+    assert "safe and unsafe items" in capsys.readouterr().err
+    assert not (tmp_path / "fitted.yaml").exists()
+
+
 def test_a_bad_file_is_one_sentence_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(tmp_path / "none.jsonl")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
