@@ -33,6 +33,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.demo
+	@$(BIN)/python -c "from rsafe_plugins.backends.weights import embedded_weights; embedded_weights()"
 	@$(BIN)/python benchmarks/embedded.py
 
 clean:
@@ -46,11 +47,10 @@ $(VENV)/.demo: pyproject.toml $(wildcard rails/library/*) | $(BIN)/python
 	@$(PIP_INSTALL) --editable '.[embedded,nemo,langchain,llama-index]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.demo
+$(VENV)/.dev: pyproject.toml $(wildcard rails/library/*) | $(BIN)/python
 	@echo "Installing what the tests need into $(VENV) (some minutes) ..."
-	@$(PIP_INSTALL) $(TORCH)
-	@$(PIP_INSTALL) --editable '.[dev]'
-	@touch $@
+	@$(PIP_INSTALL) $(TORCH) --editable '.[dev]'
+	@touch $(VENV)/.demo $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

@@ -9,6 +9,8 @@ SHIPPED = [
     "py.typed",
     "policy/builtin/*.yaml",
     "guard/templates/*.jinja",
+    "guard/data/*.yaml",
+    "alignment/*.yaml",
     "backends/data/*.gguf",
     "rails/*.co",
 ]

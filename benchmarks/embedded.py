@@ -1,6 +1,6 @@
 """Speed and memory of the embedded guard on this machine: `make bench`.
 
-Weights are fetched before the clock starts; each time is measured in a fresh process's own guard.
+All figures come from one process, whose guards share its engine.
 """
 
 import json

