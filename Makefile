@@ -12,20 +12,24 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 export NEMO_GUARDRAILS_NO_USAGE_STATS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-engines lint bench clean
 
 help:
-	@echo "make demo    try the guard in NeMo Guardrails, LangChain, LlamaIndex and on the command line"
-	@echo "make test    run all tests"
-	@echo "make lint    check style and types"
-	@echo "make bench   measure speed and memory of the embedded guard"
-	@echo "make clean   remove the environment and everything built"
+	@echo "make demo          try the guard in NeMo Guardrails, LangChain, LlamaIndex and on the command line"
+	@echo "make test          run all tests but those of engines"
+	@echo "make test-engines  the conformance kit on each engine with real weights"
+	@echo "make lint          check style and types"
+	@echo "make bench         measure speed and memory of the embedded guard"
+	@echo "make clean         remove the environment and everything built"
 
 demo: $(VENV)/.demo
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --ignore=tests/engines
+
+test-engines: $(VENV)/.dev
+	$(BIN)/python -m pytest -q tests/engines
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -35,6 +39,7 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.demo
 	@$(BIN)/python -c "from rsafe_plugins.backends.weights import embedded_weights; embedded_weights()"
 	@$(BIN)/python benchmarks/embedded.py
+	@$(BIN)/python benchmarks/overhead.py
 
 clean:
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -11,6 +11,7 @@ from rsafe_plugins.errors import SettingsError
 if TYPE_CHECKING:
     from rsafe_plugins.backends.llamacpp import LlamaCppBackend
     from rsafe_plugins.backends.openai import OpenAIBackend
+    from rsafe_plugins.backends.transformers import TransformersBackend
 
 __all__ = [
     "Backend",
@@ -19,6 +20,7 @@ __all__ = [
     "Message",
     "OpenAIBackend",
     "Request",
+    "TransformersBackend",
     "Usage",
     "backend_from_string",
     "shared_backend",
@@ -35,6 +37,10 @@ def __getattr__(name: str) -> Any:
         from rsafe_plugins.backends.openai import OpenAIBackend
 
         return OpenAIBackend
+    if name == "TransformersBackend":
+        from rsafe_plugins.backends.transformers import TransformersBackend
+
+        return TransformersBackend
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -58,9 +64,10 @@ def backend_from_string(text: str) -> Backend:
     """The backend that a backend string names.
 
     Args:
-        text: `embedded` (llama.cpp in process with the packaged guard), `llamacpp:PATH` (any GGUF), or
-            `openai:BASE_URL#MODEL` (a server that speaks OpenAI's chat API; several addresses with commas
-            between them are one pool; without `#MODEL` the only model that it has).
+        text: `embedded` (llama.cpp in process with the packaged guard), `llamacpp:PATH` (any GGUF),
+            `transformers:MODEL` (a Hugging Face name or folder, or a GGUF file), or `openai:BASE_URL#MODEL` (a
+            server that speaks OpenAI's chat API; several addresses with commas between them are one pool;
+            without `#MODEL` the only model that it has).
 
     Raises:
         SettingsError: The string names no backend.
@@ -70,11 +77,16 @@ def backend_from_string(text: str) -> Backend:
         from rsafe_plugins.backends.llamacpp import LlamaCppBackend
 
         return LlamaCppBackend(rest or None)
+    if engine == "transformers" and rest:
+        from rsafe_plugins.backends.transformers import TransformersBackend
+
+        return TransformersBackend(rest)
     if engine == "openai":
         from rsafe_plugins.backends.openai import OpenAIBackend
 
         urls, _, model = rest.partition("#")
         return OpenAIBackend(urls.split(","), model or None)
     raise SettingsError(
-        f"backend must be 'embedded', 'llamacpp:PATH' or 'openai:BASE_URL#MODEL', not {text!r}."
+        "backend must be 'embedded', 'llamacpp:PATH', 'transformers:MODEL' or 'openai:BASE_URL#MODEL', "
+        f"not {text!r}."
     )
