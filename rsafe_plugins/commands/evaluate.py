@@ -65,6 +65,12 @@ _MODES = ("never", "always")
     metavar="FILE",
     help="Fit threshold and band on these items, bare and with a thought, and put them into this file.",
 )
+@click.option(
+    "--unsafe-share",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="SHARE",
+    help="With --fit: how much of the traffic that the guard is for is unsafe. Default: as in the files.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, and nothing else.")
 def evaluate(
     files: tuple[Path, ...],
@@ -73,6 +79,7 @@ def evaluate(
     limit: int | None,
     verdicts: Path | None,
     fit_file: Path | None,
+    unsafe_share: float | None,
     as_json: bool,
     **settings: Any,
 ) -> int:
@@ -86,7 +93,7 @@ def evaluate(
         raise click.UsageError('Measuring needs scikit-learn: pip install "rsafe-plugins[eval]".')
     sets = {path: sample(read_items(path), limit) for path in files}
     if fit_file is not None:
-        return _fit(sets, policy, document_policy, verdicts, fit_file, as_json, settings)
+        return _fit(sets, policy, document_policy, verdicts, fit_file, unsafe_share, as_json, settings)
     guards = _guards(policy, document_policy, settings)
     rows: dict[Path, Metrics] = {}
     with _progress() as progress:
@@ -106,6 +113,7 @@ def _fit(
     document_policy: str,
     verdicts: Path | None,
     file: Path,
+    unsafe_share: float | None,
     as_json: bool,
     settings: Mapping[str, Any],
 ) -> int:
@@ -119,7 +127,9 @@ def _fit(
     lines = []
     for guard in modes["never"].values():
         mine = [n for n, item in enumerate(items) if modes["never"][item.task == "document"] is guard]
-        fitted = fit([items[n] for n in mine], [bare[n] for n in mine], [thought[n] for n in mine])
+        fitted = fit(
+            [items[n] for n in mine], [bare[n] for n in mine], [thought[n] for n in mine], unsafe_share
+        )
         if fitted is None:
             continue
         points[guard.policy.name] = OperatingPoint(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -43,12 +43,24 @@ class _Row:
     tokens: int
 
 
-def fit(items: Sequence[LabelledItem], bare: Sequence[Verdict], thought: Sequence[Verdict]) -> Fit | None:
+def fit(
+    items: Sequence[LabelledItem],
+    bare: Sequence[Verdict],
+    thought: Sequence[Verdict],
+    unsafe_share: float | None = None,
+) -> Fit | None:
     """Fits on items and their verdicts without and with a thought, in the same order.
 
     The threshold is the one with the best F1 of bare verdicts, the middle of those about as good. The band is
     the one with the best F1 among those that cost at most a third of the tokens of always thinking; of bands
     about as good, the cheapest. Items where a check failed are left out.
+
+    Args:
+        items: Labelled items.
+        bare: Their verdicts without a thought.
+        thought: Their verdicts with one.
+        unsafe_share: Share of unsafe ones in the traffic that the guard is for, over 0 and under 1: items count
+            so much that unsafe ones make up that share of F1. None leaves it at the items' own.
 
     Returns:
         The fit, or None where one of the labels is missing.
@@ -60,44 +72,49 @@ def fit(items: Sequence[LabelledItem], bare: Sequence[Verdict], thought: Sequenc
     ]
     if len({row.unsafe for row in rows}) < 2:
         return None
-    threshold = _threshold(rows)
+    own_share = sum(row.unsafe for row in rows) / len(rows)
+    share = own_share if unsafe_share is None else unsafe_share
+    # How much a safe item counts where an unsafe one counts 1.
+    safe_weight = (1 - share) / share * own_share / (1 - own_share)
+
+    def f1(pairs: Iterable[tuple[bool, bool]]) -> float:
+        hits = wrong = 0.0
+        for unsafe, called in pairs:
+            hits += unsafe and called
+            wrong += (unsafe != called) * (1.0 if unsafe else safe_weight)
+        return 2 * hits / (2 * hits + wrong) if hits else 0.0
+
+    threshold = _threshold(rows, f1)
     everything = sum(row.tokens for row in rows) or 1
 
     def judged(band: tuple[float, float]) -> tuple[float, float]:
         inside = [band[0] < band[1] and band[0] <= row.bare <= band[1] for row in rows]
-        f1 = _f1(
+        reached = f1(
             (row.unsafe, (row.thought if thinks else row.bare) >= threshold)
             for row, thinks in zip(rows, inside, strict=True)
         )
-        return f1, sum(row.tokens for row, thinks in zip(rows, inside, strict=True) if thinks) / everything
+        tokens = sum(row.tokens for row, thinks in zip(rows, inside, strict=True) if thinks)
+        return reached, tokens / everything
 
     nothing = (threshold, threshold)
     tried = {band: judged(band) for band in [nothing, *_bands(rows, threshold)]}
     allowed = {band: result for band, result in tried.items() if result[1] <= LARGEST_SHARE}
-    best = max(f1 for f1, _ in allowed.values())
+    best = max(reached for reached, _ in allowed.values())
     band = min((band for band in allowed if allowed[band][0] >= best - _ALIKE), key=lambda b: allowed[b][1])
     return Fit(
         threshold=threshold,
         band=band,
         never=tried[nothing][0],
-        always=_f1((row.unsafe, row.thought >= threshold) for row in rows),
+        always=f1((row.unsafe, row.thought >= threshold) for row in rows),
         adaptive=allowed[band][0],
         token_share=allowed[band][1],
     )
 
 
-def _f1(pairs: Iterable[tuple[bool, bool]]) -> float:
-    hits = wrong = 0
-    for unsafe, called in pairs:
-        hits += unsafe and called
-        wrong += unsafe != called
-    return 2 * hits / (2 * hits + wrong) if hits else 0.0
-
-
-def _threshold(rows: Sequence[_Row]) -> float:
+def _threshold(rows: Sequence[_Row], f1: Callable[[Iterable[tuple[bool, bool]]], float]) -> float:
     scores = sorted({row.bare for row in rows})
     middles = [(low + high) / 2 for low, high in pairwise(scores)] or scores
-    reached = {middle: _f1((row.unsafe, row.bare >= middle) for row in rows) for middle in middles}
+    reached = {middle: f1((row.unsafe, row.bare >= middle) for row in rows) for middle in middles}
     best = max(reached.values())
     good = [middle for middle in middles if reached[middle] >= best - _ALIKE]
     return round(good[len(good) // 2], 4)

@@ -50,6 +50,18 @@ def test_the_band_holds_what_is_unsure_and_costs_at_most_a_third() -> None:
     assert 0 < made.token_share <= LARGEST_SHARE
 
 
+def test_the_rarer_unsafe_items_are_in_traffic_the_higher_the_threshold() -> None:
+    chance = random.Random(0)
+    items = [item(label) for label in LABELS]
+    scores = [verdict(min(1.0, max(0.0, chance.gauss(0.6 if label else 0.4, 0.15)))) for label in LABELS]
+    thresholds = []
+    for share in (0.8, None, 0.1):
+        made = fit(items, scores, scores, share)
+        assert made is not None
+        thresholds.append(made.threshold)
+    assert thresholds[0] < thresholds[1] < thresholds[2]
+
+
 def test_failed_checks_are_left_out_and_one_label_alone_cannot_be_fitted() -> None:
     labels = [item(True), item(False), item(False)]
     scores = [verdict(0.9), verdict(None), verdict(0.1)]
