@@ -218,6 +218,7 @@ class Guard:
                     for check in checks:
                         check.error = check.error or failure
                 await self._decide(checks)
+                await self._decide_with_less_history(checks)
                 await self._decide_in_parts([c for c in checks if isinstance(c.error, InputTooLong)])
         except TimeoutError:
             for check in checks:
@@ -233,6 +234,19 @@ class Guard:
         late = replace(check)
         self._time_out(late, seconds)
         return late
+
+    async def _decide_with_less_history(self, checks: Sequence[_Check]) -> None:
+        """Leaves out the older half of the earlier turns, again and again, where all doesn't fit the engine.
+
+        Otherwise a long conversation would be blocked for its length alone. What is judged stays whole.
+        """
+        while too_long := [c for c in checks if isinstance(c.error, InputTooLong) and c.content.history]:
+            for check in too_long:
+                turns = check.content.history
+                check.content = replace(check.content, history=turns[(len(turns) + 1) // 2 :])
+                if check.content.size <= MOST_CHARACTERS:
+                    check.messages, check.error = self.prompt.messages(self.policy, check.content), None
+            await self._decide(too_long)
 
     async def _decide_in_parts(self, checks: Sequence[_Check]) -> None:
         """Halves each content until its parts fit; the worst part decides."""

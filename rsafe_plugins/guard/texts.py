@@ -22,32 +22,53 @@ class UnreadableContent(RSafeError, ValueError):
     """What should be judged isn't text; the message says what it is."""
 
     def __init__(self, what: str) -> None:
-        super().__init__(f"The guard judges text only and can't judge a content of type {what}.")
+        # Clients write a block's type, and what they write stays out of messages and logs.
+        named = what if re.fullmatch(r"[A-Za-z][\w-]{0,31}", what, re.ASCII) else "unknown"
+        super().__init__(f"The guard judges text only and can't judge a content of type {named}.")
 
 
 # Blocks that a model sees or hears, and those that hold a file or only say where it is.
 _MEDIA = re.compile(r"image|audio|video", re.IGNORECASE)
-_FILES = frozenset({"file", "input_file", "document", "media", "container_upload"})
+_FILES = frozenset({"file", "input_file", "document", "media", "container_upload", "text-plain"})
 _REFERENCES = frozenset({"url", "uri", "file_url", "file_uri", "fileUri", "file_id"})
 _MIME = ("mime_type", "media_type", "mimeType")
-_DATA_URL = re.compile(r"\s*data:([\w.+-]+/[\w.+-]+)?([^,]{0,256}),(.*)", re.IGNORECASE | re.DOTALL)
+_PAYLOAD = frozenset({"data", "base64", "file_data"})
+_DATA_URL = re.compile(r"(\s*data:([\w.+-]+/[\w.+-]+)?([^,]{0,256}),)(.*)", re.IGNORECASE | re.DOTALL)
 # Keys of a block whose values are its form and never reach a model as text, and those that are plain text.
 _FORM = frozenset({"type", "id", "index", *_MIME})
 _PLAIN = ("text", "reasoning", "reasoning_content", "thinking", "refusal")
 
 
-def text_of(content: Any) -> str | UnreadableContent:
-    """All text of a message's content, or why there is none to be judged.
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What a message's content says.
+
+    Attributes:
+        text: All of its text.
+        unreadable: Why there is more than that, and it can't be judged; None where there isn't.
+    """
+
+    text: str
+    unreadable: UnreadableContent | None = None
+
+
+def text_of(content: Any) -> Text:
+    """All text of a message's content.
 
     Args:
         content: A str, a content block, or a list of both. Of blocks every key and value is text, whatever the
             block's type; files of text are decoded. An image, a sound, a file of anything else, and what is only
-            referred to make the whole content unreadable.
+            referred to can't be read.
     """
-    try:
-        return "\n".join(filter(None, _texts(content)))
-    except UnreadableContent as unreadable:
-        return unreadable
+    texts: list[str] = []
+    unreadable = None
+    for item in content if isinstance(content, list | tuple) else [content]:
+        try:
+            for text in _texts(item):
+                texts.append(text)
+        except UnreadableContent as error:
+            unreadable = unreadable or error
+    return Text("\n".join(filter(None, texts)), unreadable)
 
 
 def _texts(content: Any) -> Iterator[str]:
@@ -63,7 +84,7 @@ def _texts(content: Any) -> Iterator[str]:
 
 
 def _block(block: Mapping[Any, Any]) -> Iterator[str]:
-    kind = str(block.get("type") or next(iter(block), "")) or "unknown"
+    kind = str(block.get("type") or next(iter(block), ""))
     named = (str(key) for key, value in block.items() if isinstance(value, Mapping))
     for name in (kind, *named):
         if _MEDIA.search(name):
@@ -104,6 +125,8 @@ def _readable(value: Any, kind: str, declared: Mapping[Any, Any], key: Any = Non
         key: Its key there.
     """
     if isinstance(value, Mapping):
+        if _MEDIA.search(inner := str(value.get("type", ""))):
+            raise UnreadableContent(inner)
         own = value if any(name in value for name in _MIME) else {**declared, **value}
         # A key that is no str can be one that JSON doesn't take.
         return {str(name): _readable(item, kind, own, name) for name, item in value.items()}
@@ -115,17 +138,17 @@ def _readable(value: Any, kind: str, declared: Mapping[Any, Any], key: Any = Non
         return value
     mime = next((str(declared[name]) for name in _MIME if declared.get(name)), "")
     if url := _DATA_URL.match(value):
-        mime, form, data = url[1] or "text/plain", url[2].lower(), url[3]
-        if not mime.lower().startswith("text/"):
+        head, mime, form, data = url.groups()
+        if mime is not None and not mime.lower().startswith("text/"):
             raise UnreadableContent(kind)
-        return _decoded(data, kind) if form.rstrip().endswith("base64") else unquote(data)
+        # What stands before the comma is kept: it may be a sentence that only begins like a data URL.
+        return head + (_decoded(data, kind) if form.lower().rstrip().endswith("base64") else unquote(data))
     if not mime:
         return value
     if not mime.lower().startswith("text/"):
         raise UnreadableContent(kind)
-    if key == "base64" or "base64" in (declared.get("type"), declared.get("source_type")):
-        return _decoded(value, kind) if key in ("base64", "data") else value
-    return value
+    is_plain = "text" in (declared.get("type"), declared.get("source_type"))
+    return _decoded(value, kind) if key in _PAYLOAD and not is_plain else value
 
 
 def _decoded(data: str, kind: str) -> str:
@@ -141,12 +164,12 @@ class Said:
 
     Attributes:
         kind: What it is.
-        text: Its text, or why it has none.
+        said: What it says.
         name: Of a tool's result, the tool.
     """
 
     kind: ContentKind
-    text: str | UnreadableContent
+    said: Text
     name: str = ""
 
 
@@ -156,7 +179,7 @@ class Part:
 
     Attributes:
         kind: What they are.
-        content: What is judged of them, or why it can't be.
+        content: Their text, or why what they hold beside it can't be judged.
         messages: Where they stand in the conversation.
     """
 
@@ -181,28 +204,23 @@ def parts(conversation: Sequence[Said], policy: Policy) -> list[Part]:
     kinds = {kind for category in policy.categories for kind in category.applies_to}
     found = []
     for number, run in enumerate(runs):
-        kind = conversation[run[0]].kind
-        content = _content(kind, conversation, run)
-        unread = isinstance(content, Content) and (number < first or not content.text.strip())
-        if number == len(runs) - 1 or (kind in kinds and not unread):
-            found.append(Part(kind, content, tuple(run)))
+        kind, messages = conversation[run[0]].kind, [conversation[index] for index in run]
+        last = number == len(runs) - 1
+        if kind not in kinds and not last:
+            continue
+        unreadable = next((message.said.unreadable for message in messages if message.said.unreadable), None)
+        text = "\n".join(message.said.text for message in messages)
+        if number >= first and (text.strip() or (last and unreadable is None)):
+            names = ", ".join(filter(None, dict.fromkeys(message.name for message in messages)))
+            history = tuple(_turn(message) for message in conversation[: run[0]])
+            found.append(Part(kind, Content(kind, text, names, history), tuple(run)))
+        if unreadable is not None:
+            found.append(Part(kind, unreadable, tuple(run)))
     return found
 
 
-def _content(kind: ContentKind, conversation: Sequence[Said], run: Sequence[int]) -> Content | UnreadableContent:
-    texts = []
-    for index in run:
-        text = conversation[index].text
-        if isinstance(text, UnreadableContent):
-            return text
-        texts.append(text)
-    names = dict.fromkeys(conversation[index].name for index in run)
-    history = tuple(_turn(message) for message in conversation[: run[0]])
-    return Content(kind, "\n".join(texts), ", ".join(filter(None, names)), history)
-
-
 def _turn(message: Said) -> Turn:
-    text = message.text if isinstance(message.text, str) else "(no text)"
+    text = message.said.text
     if message.kind == "tool_result":
         text = f"Tool result: {text}"
     return Turn("user" if message.kind == "prompt" else "agent", text)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import operator
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
-from itertools import takewhile
+from itertools import groupby
 from typing import Any
 
 from langchain_core.documents import Document
@@ -24,8 +24,9 @@ from langchain_core.messages import (
 )
 from langchain_core.prompt_values import ChatPromptValue, PromptValue, StringPromptValue
 
-from rsafe_plugins.guard import Content, Turn
-from rsafe_plugins.policy import ContentKind
+from rsafe_plugins.guard import Content
+from rsafe_plugins.guard.texts import Part, Said, Text, parts, text_of
+from rsafe_plugins.policy import ContentKind, Policy
 
 _ROLES: Mapping[str, ContentKind | None] = {
     "assistant": "response",
@@ -35,44 +36,46 @@ _ROLES: Mapping[str, ContentKind | None] = {
     "system": None,
     "developer": None,
 }
-# Keys of content blocks whose values are the block's form and never reach a model as text.
-_FORM = frozenset({"type", "id", "index", "mime_type", "media_type"})
-# An image, a sound or a file written as text: no language is this long without a space or a full stop.
-_ENCODED = re.compile(r"(?:data:[^,]{0,256},)?[A-Za-z0-9+/_=\n-]{256,}")
 
 
-def to_content(value: Any, kind: ContentKind) -> Content:
+def to_parts(value: Any, kind: ContentKind, policy: Policy) -> list[Part]:
     """What of a value is judged, and as what.
 
-    Messages are judged as their type says: the last one together with those of its kind right before it, and
-    what was said earlier as the conversation's history.
+    Messages are judged as their type says, all from the last human one on, each with what was said before it.
 
     Args:
         value: A str, a message, messages, a `PromptValue` or a `Document`.
         kind: What a str is. Everything else says it itself.
+        policy: What it is judged by.
 
     Raises:
         TypeError: It is something else.
         ValueError: There is no message to judge.
     """
     if isinstance(value, str):
-        return Content(kind, value)
+        return [Part(kind, Content(kind, value), (0,))]
     if isinstance(value, Document):
-        return Content.document(_document_text(value))
+        return [Part("document", Content.document(_document_text(value)), (0,))]
     messages = _messages(value)
-    kind, judged = _judged(messages)
-    text = "\n".join(_text(messages[index]) for index in judged)
-    if kind == "tool_result":
-        names = dict.fromkeys(messages[index].name or "" for index in judged)
-        return Content.tool_result(text, ", ".join(filter(None, names)))
-    history = tuple(_turn(message) for message in messages[: judged[0]] if _kind(message) is not None)
-    return Content(kind, text, history=history)
+    spoken = [(index, said) for index, message in enumerate(messages) if (said := _kind(message)) is not None]
+    if not spoken:
+        raise ValueError("RSafeGuard expected a message to judge; it got none besides system messages.")
+    conversation = [_said(messages[index], said) for index, said in spoken]
+    return [
+        replace(part, messages=tuple(spoken[place][0] for place in part.messages))
+        for part in parts(conversation, policy)
+    ]
 
 
-def refusal(value: Any, text: str) -> Any:
-    """A value of the same shape that holds the refusal in place of everything that was judged.
+def refusal(value: Any, text: str, blocked: Collection[int]) -> Any:
+    """A value of the same shape that holds the refusal in place of everything that was blocked.
 
-    In messages each judged one is replaced and keeps only its type, its id and the tool call it answers.
+    In messages each blocked one is replaced and keeps only its type, its id and the tool call it answers.
+
+    Args:
+        value: What was judged.
+        text: The refusal.
+        blocked: Where the blocked messages stand, where there are several.
     """
     if isinstance(value, str):
         return text
@@ -83,29 +86,63 @@ def refusal(value: Any, text: str) -> Any:
     if isinstance(value, BaseMessage):
         return _refusal_message(value, text)
     messages = _messages(value)
-    _, judged = _judged(messages)
-    for index in judged:
+    for index in blocked:
         messages[index] = _refusal_message(messages[index], text)
     return ChatPromptValue(messages=messages) if isinstance(value, PromptValue) else messages
 
 
-def whole(chunks: Sequence[Any]) -> list[Any]:
-    """What the chunks of a stream are together: one value where they are pieces of one, else each for itself.
+def whole(chunks: Sequence[Any], input_key: str | None = None) -> Any:
+    """What the chunks of a stream are together.
 
-    Only what really continues is joined. `+` alone would tell nothing: it makes a prompt template of two
-    messages, and of two mappings it keeps the last value where values can't be added.
+    Args:
+        chunks: All of them, at least one.
+        input_key: Where they are mappings, the key of what is judged.
+
+    Raises:
+        TypeError: They are no pieces of one text, so what they say together can't be told.
     """
-    if len(chunks) > 1:
-        if all(isinstance(chunk, str) for chunk in chunks):
-            return ["".join(chunks)]
-        if all(isinstance(chunk, BaseMessageChunk) and type(chunk) is type(chunks[0]) for chunk in chunks):
-            return [reduce(operator.add, chunks)]
-        if all(isinstance(chunk, Mapping) for chunk in chunks):
-            keys = dict.fromkeys(key for chunk in chunks for key in chunk)
-            values = {key: whole([chunk[key] for chunk in chunks if key in chunk]) for key in keys}
-            if all(len(value) == 1 for value in values.values()):
-                return [{key: value[0] for key, value in values.items()}]
-    return list(chunks)
+    if len(chunks) == 1:
+        return chunks[0]
+    if input_key is None:
+        return _joined(chunks)
+    if not all(isinstance(chunk, Mapping) for chunk in chunks):
+        raise _apart(chunks)
+    together: dict[Any, Any] = {}
+    for key in dict.fromkeys(key for chunk in chunks for key in chunk):
+        values = [chunk[key] for chunk in chunks if key in chunk]
+        is_text = all(isinstance(value, str) for value in values)
+        together[key] = whole(values) if key == input_key or is_text else values[-1]
+    return together
+
+
+def _joined(chunks: Sequence[Any]) -> Any:
+    """Text in one str, messages of one kind in one message, whatever their classes."""
+    if all(isinstance(chunk, str) for chunk in chunks):
+        return "".join(chunks)
+    messages = [chunk for chunk in chunks if isinstance(chunk, BaseMessage)]
+    kinds = {_kind(message) for message in messages}
+    if len(kinds) != 1 or not all(isinstance(chunk, BaseMessage | str) for chunk in chunks):
+        raise _apart(chunks)
+    pieces = [piece for _, run in groupby(chunks, type) for piece in _added(list(run))]
+    if len(pieces) == 1:
+        return pieces[0]
+    texts = [Text(piece) if isinstance(piece, str) else _text(piece) for piece in pieces]
+    if any(text.unreadable for text in texts):
+        raise _apart(chunks)
+    return messages[0].model_copy(update={"content": "".join(text.text for text in texts)})
+
+
+def _added(chunks: Sequence[Any]) -> Sequence[Any]:
+    """Chunks of one class as one, so that the pieces of a tool call find together."""
+    return [reduce(operator.add, chunks)] if isinstance(chunks[0], BaseMessageChunk) else chunks
+
+
+def _apart(chunks: Sequence[Any]) -> TypeError:
+    types = ", ".join(dict.fromkeys(type(chunk).__name__ for chunk in chunks))
+    return TypeError(
+        "RSafeGuard takes a stream of str, of messages of one kind, or with input_key of mappings that hold one "
+        f"of these; it can't join what it got ({types}), so judge it as a whole with invoke."
+    )
 
 
 def _messages(value: Any) -> list[BaseMessage]:
@@ -143,56 +180,27 @@ def _kind(message: BaseMessage) -> ContentKind | None:
     return "prompt"
 
 
-def _judged(messages: Sequence[BaseMessage]) -> tuple[ContentKind, list[int]]:
-    """The kind of the last message, and where the last messages of that kind stand.
-
-    Were only the last one judged, an attack could stand in the one before it.
-    """
-    spoken = [(index, kind) for index, message in enumerate(messages) if (kind := _kind(message)) is not None]
-    if not spoken:
-        raise ValueError("RSafeGuard expected a message to judge; it got none besides system messages.")
-    last = spoken[-1][1]
-    run = takewhile(lambda item: item[1] == last, reversed(spoken))
-    return last, sorted(index for index, _ in run)
+def _said(message: BaseMessage, kind: ContentKind) -> Said:
+    return Said(kind, _text(message), (message.name or "") if kind == "tool_result" else "")
 
 
-def _turn(message: BaseMessage) -> Turn:
-    text = _text(message)
-    match _kind(message):
-        case "prompt":
-            return Turn("user", text)
-        case "tool_result":
-            return Turn("agent", f"Tool result: {text}")
-        case _:
-            return Turn("agent", text)
-
-
-def _text(message: BaseMessage) -> str:
+def _text(message: BaseMessage) -> Text:
     """All text of a message: that of every content block, and of the tool calls that an agent would make."""
-    parts = list(_texts(message.content))
-    if isinstance(message, AIMessage):
-        for call in (*message.tool_calls, *message.invalid_tool_calls):
-            arguments = call["args"]
-            if not isinstance(arguments, str):
-                arguments = json.dumps(arguments, ensure_ascii=False, default=str)
-            parts.append(f"{call['name']}({arguments})")
-        # Providers leave reasoning, refusals and older forms of tool calls here.
-        parts.extend(_texts(message.additional_kwargs, "additional_kwargs"))
-    return "\n".join(filter(None, parts))
+    if not isinstance(message, AIMessage):
+        return text_of(message.content)
+    content = text_of(message.content)
+    # Providers leave reasoning, refusals and older forms of tool calls here.
+    more = text_of(message.additional_kwargs)
+    calls = (_call(call) for call in (*message.tool_calls, *message.invalid_tool_calls))
+    texts = [content.text, *calls, more.text]
+    return Text("\n".join(filter(None, texts)), content.unreadable or more.unreadable)
 
 
-def _texts(value: Any, key: str = "text") -> Iterator[str]:
-    """Every string in a message's content, whatever the form of the block, media aside."""
-    if isinstance(value, str):
-        if key == "text" or not _ENCODED.fullmatch(value):
-            yield value
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            if name not in _FORM:
-                yield from _texts(item, name)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item, key)
+def _call(call: Mapping[str, Any]) -> str:
+    arguments = call["args"]
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False, default=str)
+    return f"{call['name']}({arguments})"
 
 
 def _document_text(document: Document) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Literal
 
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
 from pydantic import ConfigDict
 
 from rsafe_plugins.guard import Content, Guard, GuardSettings, Verdict
-from rsafe_plugins.langchain.content import refusal, to_content, whole
+from rsafe_plugins.guard.texts import Part, UnreadableContent, acheck_many, check_many, worst
+from rsafe_plugins.langchain.content import refusal, to_parts, whole
 from rsafe_plugins.langchain.errors import RSafeViolationError
 from rsafe_plugins.policy import ContentKind
 
@@ -22,9 +24,10 @@ class RSafeGuard(RunnableSerializable[Any, Any]):
     r"""A Runnable that hands its input on unchanged when the guard finds it safe.
 
     It takes a str, a message, a list of messages, a `PromptValue` or a `Document`, or a mapping that holds
-    one of them under `input_key`. Of messages, the last ones of one kind are judged, with all their text and
-    tool calls, and the earlier ones are the conversation they stand in; system messages are not judged.
-    Images, sound and files are not judged.
+    one of them under `input_key`. Of messages all from the last human one on are judged, with all their text
+    and tool calls, and the earlier ones are the conversation they stand in; the worst verdict decides. System
+    messages are not judged. A message with an image, a sound or a file that isn't text can't be judged: that is
+    a failed check, and the guard's `on_error` decides.
 
     `batch` and `abatch` judge all inputs as one engine batch. A stream is held until all of it is judged.
 
@@ -32,7 +35,7 @@ class RSafeGuard(RunnableSerializable[Any, Any]):
         guard: A `Guard`, or the settings to make one; None for `Guard()`.
         exit_behavior: What happens to a blocked input. `error` (the default) raises `RSafeViolationError`.
             `replace` hands on the refusal in the input's shape: a str for a str, a message of the same type
-            and id without tool calls for a message. `annotate` blocks nothing and makes of every input
+            and id without tool calls for each blocked message. `annotate` blocks nothing and makes of every input
             `{"input": the input, "verdict": its Verdict}`.
         kind: What a plain str is: `prompt` (the default), `response`, `document`, `tool_call` or
             `tool_result`. Messages and documents say themselves what they are.
@@ -158,9 +161,9 @@ class RSafeGuard(RunnableSerializable[Any, Any]):
         """Holds a stream until all of it is judged, then hands on the same chunks."""
 
         def gate(chunks: Iterator[Any]) -> Iterator[Any]:
-            held = list(chunks)
-            together = whole(held)
-            yield from _released(held, together, self._judge(together))
+            if held := list(chunks):
+                together = whole(held, self.input_key)
+                yield from _released(held, together, self._judge([together]))
 
         yield from self._transform_stream_with_config(input, gate, config)
 
@@ -170,31 +173,31 @@ class RSafeGuard(RunnableSerializable[Any, Any]):
         """Like `transform`, without blocking the event loop."""
 
         async def gate(chunks: AsyncIterator[Any]) -> AsyncIterator[Any]:
-            held = [chunk async for chunk in chunks]
-            together = whole(held)
-            for chunk in _released(held, together, await self._ajudge(together)):
-                yield chunk
+            if held := [chunk async for chunk in chunks]:
+                together = whole(held, self.input_key)
+                for chunk in _released(held, together, await self._ajudge([together])):
+                    yield chunk
 
         async for chunk in self._atransform_stream_with_config(input, gate, config):
             yield chunk
 
     def _judge(self, values: list[Any]) -> list[Any]:
         """For each value what is handed on, or the exception that it ends with."""
-        contents = self._contents(values)
-        return self._outcomes(values, contents, self.guard.check_many(_judgeable(contents)))
+        asked = self._parts(values)
+        return self._outcomes(values, asked, check_many(self.guard, _contents(asked)))
 
     async def _ajudge(self, values: list[Any]) -> list[Any]:
-        contents = self._contents(values)
-        return self._outcomes(values, contents, await self.guard.acheck_many(_judgeable(contents)))
+        asked = self._parts(values)
+        return self._outcomes(values, asked, await acheck_many(self.guard, _contents(asked)))
 
-    def _contents(self, values: Sequence[Any]) -> list[Content | Exception]:
-        contents: list[Content | Exception] = []
+    def _parts(self, values: Sequence[Any]) -> list[list[Part] | Exception]:
+        asked: list[list[Part] | Exception] = []
         for value in values:
             try:
-                contents.append(to_content(self._judged_part(value), self.kind))
+                asked.append(to_parts(self._judged_part(value), self.kind, self.guard.policy))
             except (TypeError, ValueError) as error:
-                contents.append(error)
-        return contents
+                asked.append(error)
+        return asked
 
     def _judged_part(self, value: Any) -> Any:
         if self.input_key is None:
@@ -207,28 +210,37 @@ class RSafeGuard(RunnableSerializable[Any, Any]):
         return value[self.input_key]
 
     def _outcomes(
-        self, values: Sequence[Any], contents: Sequence[Content | Exception], verdicts: Sequence[Verdict]
+        self, values: Sequence[Any], asked: Sequence[list[Part] | Exception], verdicts: Sequence[Verdict]
     ) -> list[Any]:
         remaining = iter(verdicts)
         return [
-            content if isinstance(content, Exception) else self._outcome(value, content, next(remaining))
-            for value, content in zip(values, contents, strict=True)
+            parts
+            if isinstance(parts, Exception)
+            else self._outcome(value, parts, list(islice(remaining, len(parts))))
+            for value, parts in zip(values, asked, strict=True)
         ]
 
-    def _outcome(self, value: Any, content: Content, verdict: Verdict) -> Any:
+    def _outcome(self, value: Any, parts: Sequence[Part], verdicts: Sequence[Verdict]) -> Any:
+        decides = worst(verdicts)
+        verdict = verdicts[decides]
         if self.exit_behavior == "annotate":
             return {"input": value, "verdict": verdict}
         if not verdict.blocked:
             return value
         if self.exit_behavior == "error":
-            return RSafeViolationError(content.kind, verdict)
-        if self.input_key is None:
-            return refusal(value, self.violation_message)
-        return {**value, self.input_key: refusal(value[self.input_key], self.violation_message)}
+            return RSafeViolationError(parts[decides].kind, verdict)
+        blocked = [
+            index
+            for part, verdict in zip(parts, verdicts, strict=True)
+            if verdict.blocked
+            for index in part.messages
+        ]
+        refused = refusal(self._judged_part(value), self.violation_message, blocked)
+        return refused if self.input_key is None else {**value, self.input_key: refused}
 
 
-def _judgeable(contents: Sequence[Content | Exception]) -> list[Content]:
-    return [content for content in contents if isinstance(content, Content)]
+def _contents(asked: Sequence[list[Part] | Exception]) -> list[Content | UnreadableContent]:
+    return [part.content for parts in asked if isinstance(parts, list) for part in parts]
 
 
 def _passed(outcomes: list[Any]) -> list[Any]:
@@ -246,11 +258,10 @@ def _uninterrupted(outputs: list[Any]) -> list[Any]:
     return outputs
 
 
-def _released(held: list[Any], together: list[Any], outcomes: list[Any]) -> list[Any]:
+def _released(held: list[Any], together: Any, outcomes: list[Any]) -> list[Any]:
     """The chunks as they came where nothing was to be changed."""
     _passed(outcomes)
-    unchanged = all(outcome is value for outcome, value in zip(outcomes, together, strict=True))
-    return held if unchanged else outcomes
+    return held if outcomes[0] is together else outcomes
 
 
 def _listed(

@@ -8,12 +8,13 @@ from typing import Any
 
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
-from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
+from llama_index.core.schema import BaseNode, ImageNode, MetadataMode, NodeWithScore, QueryBundle
 from llama_index_instrumentation import get_dispatcher
 from pydantic import field_serializer
 
 from rsafe_plugins.errors import SettingsError
 from rsafe_plugins.guard import Content, Guard, GuardSettings, Verdict
+from rsafe_plugins.guard.texts import UnreadableContent, acheck_many, check_many
 
 logger = logging.getLogger(__name__)
 dispatcher = get_dispatcher(__name__)
@@ -22,7 +23,8 @@ dispatcher = get_dispatcher(__name__)
 class RSafeNodePostprocessor(BaseNodePostprocessor):
     r"""Drops the nodes that the guard blocks; the others keep their order and scores.
 
-    Judged is what the LLM will see of a node: its text with the metadata that its templates put there. All
+    Judged is what the LLM will see of a node: its text with the metadata that its templates put there. A node
+    with an image, a sound or a video can't be judged: a failed check, and the guard's `on_error` decides. All
     nodes of a query are judged as one engine batch. Put it last among the postprocessors, since those after
     it may still change the nodes.
 
@@ -76,18 +78,30 @@ class RSafeNodePostprocessor(BaseNodePostprocessor):
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        return _kept(nodes, self.guard.check_many(_contents(nodes, query_bundle)))
+        return _kept(nodes, check_many(self.guard, _contents(nodes, query_bundle)))
 
     @dispatcher.span
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        return _kept(nodes, await self.guard.acheck_many(_contents(nodes, query_bundle)))
+        return _kept(nodes, await acheck_many(self.guard, _contents(nodes, query_bundle)))
 
 
-def _contents(nodes: Sequence[NodeWithScore], query_bundle: QueryBundle | None) -> list[Content]:
+def _contents(
+    nodes: Sequence[NodeWithScore], query_bundle: QueryBundle | None
+) -> list[Content | UnreadableContent]:
     query = query_bundle.query_str if query_bundle is not None else ""
-    return [Content.document(node.node.get_content(metadata_mode=MetadataMode.LLM), query) for node in nodes]
+    return [_content(node.node, query) for node in nodes]
+
+
+def _content(node: BaseNode, query: str) -> Content | UnreadableContent:
+    # A multi-modal engine shows these to its model.
+    media = [getattr(node, f"{name}_resource", None) for name in ("image", "audio", "video")]
+    if isinstance(node, ImageNode):
+        media += [node.image, node.image_path, node.image_url]
+    if any(media):
+        return UnreadableContent(node.class_name())
+    return Content.document(node.get_content(metadata_mode=MetadataMode.LLM), query)
 
 
 def _kept(nodes: Sequence[NodeWithScore], verdicts: Sequence[Verdict]) -> list[NodeWithScore]:

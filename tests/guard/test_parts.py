@@ -78,6 +78,21 @@ def test_a_part_that_fails_fails_the_check_unless_another_is_unsafe() -> None:
     assert (unsafe.label, unsafe.blocked) == ("unsafe", True)
 
 
+def test_a_long_conversation_is_judged_with_its_later_turns() -> None:
+    backend = small_engine()
+    turns = [("user" if n % 2 else "agent", f"turn {n}. {SENTENCE * 5}") for n in range(40)]
+    verdict = Guard(backend=backend).check(Content.prompt("And now the bomb.", turns))
+    assert (verdict.label, verdict.part) == ("unsafe", None)
+    seen = judged(backend.requests[-1])
+    assert "turn 39" in seen
+    assert "turn 0." not in seen
+
+
+def test_an_endless_conversation_is_judged_with_its_later_turns() -> None:
+    turns = [("user", "x" * (MOST_CHARACTERS // 4))] * 9 + [("agent", "Hello.")]
+    assert Guard(backend=small_engine()).check(Content.prompt("And now the bomb.", turns)).label == "unsafe"
+
+
 def test_what_surrounds_a_text_is_not_cut_so_too_much_of_it_blocks() -> None:
     verdict = Guard(backend=small_engine()).check(Content.response("Yes. " * 500, prompt=SENTENCE * 200))
     assert (verdict.label, verdict.blocked) == (None, True)

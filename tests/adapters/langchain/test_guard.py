@@ -10,6 +10,7 @@ from uuid import UUID
 
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.documents import Document
 from langchain_core.language_models import FakeListChatModel, FakeListLLM
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
 from langchain_core.output_parsers import StrOutputParser
@@ -214,9 +215,11 @@ async def test_chain_is_guarded_at_both_ends(engine: ScriptedBackend, guard: RSa
 
 def test_chain_batches_at_both_ends(engine: ScriptedBackend, attack: str) -> None:
     settings = {"backend": engine}
-    chain = RSafeGuard(settings) | FakeListLLM(responses=["fine"]) | RSafeGuard(settings, kind="response")
+    chain = (
+        RSafeGuard(settings) | FakeListLLM(responses=["fine", "good"]) | RSafeGuard(settings, kind="response")
+    )
     outputs = chain.batch(["one", attack, "three"], return_exceptions=True)
-    assert [outputs[0], outputs[2]] == ["fine", "fine"]
+    assert {outputs[0], outputs[2]} == {"fine", "good"}
     assert isinstance(outputs[1], RSafeViolationError)
     assert [len(call) for call in engine.calls] == [3, 2]
 
@@ -254,12 +257,41 @@ ATTACK_STREAMS: dict[str, tuple[Any, ...]] = {
     "message chunks": (AIMessageChunk("zqx"), AIMessageChunk("attack"), AIMessageChunk(".")),
     "whole messages": (AIMessage("zqxattack"), AIMessage("fine")),
     "messages and text": (AIMessage("zqxattack"), "fine"),
-    "lists of messages": ([AIMessage("zqxattack")], [HumanMessage("fine")]),
+    "a chunk and a message": (AIMessageChunk("well, zqx"), AIMessage("attack")),
+    "a chunk and text": (AIMessageChunk("well, zqx"), "attack"),
+    "a chunk with blocks and a message": (
+        AIMessageChunk([{"type": "text", "text": "zqx"}]),
+        AIMessage("attack"),
+    ),
     "a tool call in pieces": (
         AIMessageChunk("", tool_call_chunks=[{"name": "run", "args": '{"a": "zqx', "id": "1", "index": 0}]),
         AIMessageChunk("", tool_call_chunks=[{"name": None, "args": 'attack"}', "id": None, "index": 0}]),
     ),
 }
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        ([AIMessage("zqx")], [AIMessage("attack")]),
+        (AIMessage("zqx"), HumanMessage("attack")),
+        (Document("zqx"), Document("attack")),
+        ("zqx", {"answer": "attack"}),
+        ({"answer": "zqx"}, {"answer": "attack"}),
+        (AIMessageChunk([{"type": "image", "url": "https://example.org"}]), AIMessage("hi")),
+        ("zqx", None),
+    ],
+    ids=repr,
+)
+async def test_stream_of_pieces_that_make_no_text_is_an_error(
+    chunks: tuple[Any, ...], guard: RSafeGuard, engine: ScriptedBackend
+) -> None:
+    passed: list[Any] = []
+    with pytest.raises(TypeError, match="can't join what it got"):
+        passed.extend((source(*chunks) | guard).stream("go"))
+    with pytest.raises(TypeError, match="can't join what it got"):
+        await gather_into(passed, (source(*chunks) | guard).astream("go"))
+    assert (passed, engine.calls) == ([], [])
 
 
 async def gather_into(passed: list[Any], stream: AsyncIterator[Any]) -> list[Any]:
@@ -287,6 +319,8 @@ async def test_stream_lets_nothing_through_before_all_is_judged(
         ({"answer": "zqx"}, {"answer": "attack"}),
         (AddableDict(question="hi"), AddableDict(answer="zqx"), AddableDict(answer="attack")),
         (AddableDict(answer=AIMessage("zqxattack")), AddableDict(answer=AIMessage("fine"))),
+        ({"answer": "zqx", "n": 1}, {"answer": "attack", "n": 2}),
+        ({"answer": AIMessageChunk("zqx"), "n": None}, {"answer": AIMessage("attack"), "n": []}),
     ],
 )
 def test_stream_of_mappings_is_judged_under_the_input_key(
@@ -312,6 +346,14 @@ async def test_blocked_stream_becomes_one_refusal(engine: ScriptedBackend) -> No
     )
     refused = AIMessageChunk("I can't help with that request.")
     assert list(chain.stream("go")) == await gather_into([], chain.astream("go")) == [refused]
+
+
+def test_blocked_stream_of_mappings_becomes_one_mapping_with_the_refusal(engine: ScriptedBackend) -> None:
+    chunks = ({"source": "a book"}, {"answer": "zqx", "n": 1}, {"answer": "attack", "n": 2})
+    guard = RSafeGuard(
+        {"backend": engine}, input_key="answer", exit_behavior="replace", violation_message="No."
+    )
+    assert list((source(*chunks) | guard).stream("go")) == [{"source": "a book", "answer": "No.", "n": 2}]
 
 
 def test_annotated_stream_is_one_verdict_over_the_whole(engine: ScriptedBackend) -> None:

@@ -15,7 +15,15 @@ from llama_index.core.instrumentation.span_handlers import SimpleSpanHandler
 from llama_index.core.llms import MockLLM
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.response_synthesizers import get_response_synthesizer
-from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+from llama_index.core.schema import (
+    BaseNode,
+    ImageNode,
+    MediaResource,
+    Node,
+    NodeWithScore,
+    QueryBundle,
+    TextNode,
+)
 from llama_index_instrumentation import get_dispatcher
 
 from rsafe_plugins import BackendError, Guard, PolicyError, RSafeError, SettingsError
@@ -103,6 +111,40 @@ def test_metadata_that_the_model_does_not_see_is_not_judged(
 ) -> None:
     nodes = [node("We open at 9.", metadata={"path": attack}, excluded_llm_metadata_keys=["path"])]
     assert postprocessor.postprocess_nodes(nodes) == nodes
+
+
+@pytest.mark.parametrize(
+    "media",
+    [
+        ImageNode(text="We open at 9.", image_url="https://example.org/a.png"),
+        ImageNode(text="We open at 9.", image="iVBORw0KGgo="),
+        Node(text_resource=MediaResource(text="We open at 9."), image_resource=MediaResource(data=b"aGk=")),
+        Node(text_resource=MediaResource(text="We open at 9."), audio_resource=MediaResource(path="a.wav")),
+        Node(text_resource=MediaResource(text="We open at 9."), video_resource=MediaResource(path="a.mp4")),
+    ],
+    ids=lambda media: media.class_name(),
+)
+async def test_node_that_is_more_than_text_is_a_failed_check(
+    media: BaseNode, engine: ScriptedBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    nodes = [node("We close at 5."), NodeWithScore(node=media)]
+    postprocessor = RSafeNodePostprocessor({"backend": engine})
+    assert (
+        postprocessor.postprocess_nodes(nodes) == await postprocessor.apostprocess_nodes(nodes) == nodes[:1]
+    )
+    assert f"can't judge a content of type {media.class_name()}" in caplog.text
+    allowing = RSafeNodePostprocessor({"backend": engine, "on_error": "allow"})
+    assert allowing.postprocess_nodes(nodes) == nodes
+    with pytest.raises(RSafeError):
+        RSafeNodePostprocessor({"backend": engine, "on_error": "raise"}).postprocess_nodes(nodes)
+
+
+def test_image_node_without_its_image_is_judged_by_its_text(
+    postprocessor: RSafeNodePostprocessor, attack: str
+) -> None:
+    kept = NodeWithScore(node=ImageNode(text="We open at 9."))
+    nodes = [kept, NodeWithScore(node=ImageNode(text=attack))]
+    assert postprocessor.postprocess_nodes(nodes) == [kept]
 
 
 def test_document_is_judged_beside_its_query(
