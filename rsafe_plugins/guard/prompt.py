@@ -18,11 +18,12 @@ from typing import Any, Literal
 
 from jinja2 import StrictUndefined
 from jinja2 import TemplateError as JinjaError
+from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import SandboxedEnvironment
 
 from rsafe_plugins.backends.base import Message
 from rsafe_plugins.errors import TemplateError
-from rsafe_plugins.guard.content import Content, Turn
+from rsafe_plugins.guard.content import Content
 from rsafe_plugins.guard.neutralize import neutralize
 from rsafe_plugins.policy import Category, ContentKind, Policy
 
@@ -41,8 +42,10 @@ class GuardPrompt:
     Args:
         template: A Jinja template file; None for RSafe's structure in our wording. It sees `categories` (each
             with `id`, `name`, `description`, `covers`, `allows`), `policy` (its name), `kind` (`prompt`, `response`,
-            `document`, `tool_call`, `tool_result`), `reasoning` (`open` or `skip`) and `conversation`, which
-            must stand in it exactly once. What it makes is one user message.
+            `document`, `tool_call`, `tool_result`), `reasoning` (`open` or `skip`) and the conversation: either
+            `conversation`, with a line for each turn, which must stand in it exactly once; or `turns` (each with
+            `title`, such as User, Agent or Tool result, `name` of the tool, and `text`) for another form. What it
+            makes is one user message.
 
     Raises:
         TemplateError: The file can't be read, isn't a Jinja template, or doesn't hold the conversation once.
@@ -56,6 +59,7 @@ class GuardPrompt:
         )
         try:
             self._template = environment.from_string(self._text)
+            self._takes_turns = "turns" in find_undeclared_variables(environment.parse(self._text))
         except JinjaError as error:
             raise TemplateError(f"{self.source} is not a Jinja template: {error}.") from error
         # Bound to the instance, so that a template's cache goes when the template goes.
@@ -78,50 +82,36 @@ class GuardPrompt:
             PolicyError: No category of the policy applies to this kind of content.
             TemplateError: The template fails on this policy or kind.
         """
-        before, after = self._frame(policy, content.kind, thinking)
-        return (Message("user", before + "\n".join(self._lines(content)) + after),)
-
-    def _lines(self, content: Content) -> Iterator[str]:
-        for turn in content.history:
-            yield self._turn(turn)
-        if content.kind == "prompt":
-            yield self._turn(Turn("user", content.text))
-        elif content.kind == "response":
-            if content.context:
-                yield self._turn(Turn("user", content.context))
-            yield self._turn(Turn("agent", content.text))
-        elif content.kind == "document":
-            if content.context:
-                yield self._turn(Turn("user", content.context))
-            yield f"Document: {self._safe(content.text)}"
+        if self._takes_turns:
+            text = self._render(policy, content.kind, thinking, turns=list(self._turns(content)))
         else:
-            name = " ".join(self._safe(content.context).split())
-            title = "Tool call" if content.kind == "tool_call" else "Tool result"
-            yield (
-                f"{title} ({name}): {self._safe(content.text)}"
-                if name
-                else f"{title}: {self._safe(content.text)}"
-            )
+            before, after = self._frame(policy, content.kind, thinking)
+            text = before + "\n".join(map(_line, self._turns(content))) + after
+        return (Message("user", text),)
 
-    def _turn(self, turn: Turn) -> str:
-        return f"{_SPEAKERS[turn.speaker]}: {self._safe(turn.text)}"
+    def _turns(self, content: Content) -> Iterator[dict[str, str]]:
+        for turn in content.history:
+            yield self._turn(_SPEAKERS[turn.speaker], turn.text)
+        context = content.context
+        if content.kind in ("tool_call", "tool_result"):
+            title = "Tool call" if content.kind == "tool_call" else "Tool result"
+            yield self._turn(title, content.text, context)
+            return
+        if context:
+            yield self._turn("User", context)
+        yield self._turn(
+            {"prompt": "User", "response": "Agent", "document": "Document"}[content.kind], content.text
+        )
+
+    def _turn(self, title: str, text: str, name: str = "") -> dict[str, str]:
+        return {"title": title, "name": " ".join(self._safe(name).split()), "text": self._safe(text)}
 
     def _safe(self, text: str) -> str:
         return neutralize(text, self.delimiters)
 
     def _render_frame(self, policy: Policy, kind: ContentKind, thinking: Thinking) -> tuple[str, str]:
         """What stands before and after the conversation."""
-        categories = [self._safe_category(category) for category in policy.for_kind(kind).categories]
-        try:
-            text = self._template.render(
-                categories=categories,
-                policy=self._safe(policy.name),
-                kind=kind,
-                reasoning=thinking,
-                conversation=_PLACE,
-            )
-        except (JinjaError, KeyError, TypeError, ValueError) as error:
-            raise TemplateError(f"{self.source} can't be rendered for a {kind}: {error}.") from error
+        text = self._render(policy, kind, thinking, conversation=_PLACE)
         parts = text.split(_PLACE)
         if len(parts) != 2:
             raise TemplateError(
@@ -129,6 +119,19 @@ class GuardPrompt:
                 f"{len(parts) - 1} times."
             )
         return parts[0], parts[1]
+
+    def _render(self, policy: Policy, kind: ContentKind, thinking: Thinking, **conversation: Any) -> str:
+        categories = [self._safe_category(category) for category in policy.for_kind(kind).categories]
+        try:
+            return self._template.render(
+                categories=categories,
+                policy=self._safe(policy.name),
+                kind=kind,
+                reasoning=thinking,
+                **conversation,
+            )
+        except (JinjaError, KeyError, TypeError, ValueError) as error:
+            raise TemplateError(f"{self.source} can't be rendered for a {kind}: {error}.") from error
 
     def _safe_category(self, category: Category) -> dict[str, Any]:
         """The category's fields for the template; their own limits on length don't count marks."""
@@ -139,6 +142,11 @@ class GuardPrompt:
             "covers": [self._safe(text) for text in category.covers],
             "allows": [self._safe(text) for text in category.allows],
         }
+
+
+def _line(turn: dict[str, str]) -> str:
+    title = f"{turn['title']} ({turn['name']})" if turn["name"] else turn["title"]
+    return f"{title}: {turn['text']}"
 
 
 def _read(template: str | Path | None) -> str:
