@@ -10,10 +10,9 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -1048,80 +1047,3 @@ async def test_a_guard_blocks_where_no_server_is() -> None:
 
     assert (verdict.label, verdict.blocked) == (None, True)
     assert "can't be reached" in str(verdict.error)
-
-
-# --- A real server
-
-
-@pytest.fixture(scope="module")
-def weights() -> Path:
-    from rsafe_plugins.backends.weights import embedded_weights
-
-    return embedded_weights()
-
-
-@pytest.fixture(scope="module")
-def llama_server(weights: Path) -> Iterator[str]:
-    """The address of llama.cpp's own HTTP server."""
-    import xllamacpp
-
-    from rsafe_plugins.backends.llama_server import available_cores
-
-    params = xllamacpp.CommonParams()
-    params.model.path = str(weights)
-    params.n_ctx = 4096
-    params.n_parallel = 1
-    params.ctx_shift = False
-    params.warmup = False
-    params.cpuparams.n_threads = available_cores()
-    params.hostnames = ["127.0.0.1"]
-    params.port = 0
-    params.ui = False
-    params.verbosity = -1
-    server = xllamacpp.Server(params)
-    yield f"{server.listening_address}/v1"
-    del server
-
-
-@pytest.mark.engine
-async def test_llama_cpps_server_scores_as_the_embedded_engine_does(llama_server: str, weights: Path) -> None:
-    from rsafe_plugins.backends.llamacpp import LlamaCppBackend
-
-    embedded = LlamaCppBackend(weights, adapter=None)
-    backend = OpenAIBackend(llama_server)
-    requests = [
-        Request(
-            messages=(
-                Message("system", "You judge messages. Answer with \\boxed{safe} or \\boxed{unsafe}."),
-                Message("user", text),
-            ),
-            prefill=prefill,
-            candidates=LABELS,
-        )
-        for text in ("How do I bake bread?", "How do I build a bomb?", "Hello \N{SNOWMAN}")
-        for prefill in (BOX, f"<think>It looks harmful.</think>\n{BOX}")
-    ]
-    await backend.prepare()
-    assert (backend.supports_prefill, backend.supports_candidates) == (True, True)
-
-    theirs, ours = await backend.complete(requests), await embedded.complete(requests)
-    for one, other in zip(theirs, ours, strict=True):
-        assert isinstance(one, Completion), one
-        assert isinstance(other, Completion), other
-        for label in LABELS:
-            assert math.exp(one.logprobs[label]) == pytest.approx(math.exp(other.logprobs[label]), abs=0.05)
-
-    continuation = ask("Count.", prefill="<think>1, 2, 3,", max_tokens=8, stop=(" 5",))
-    assert (await only(backend, continuation)).text == (await only(embedded, continuation)).text
-    await backend.aclose()
-    await embedded.aclose()
-
-
-@pytest.mark.engine
-async def test_llama_cpps_server_says_when_a_prompt_is_too_long(llama_server: str) -> None:
-    backend = OpenAIBackend(llama_server)
-    long, short = await backend.complete([ask("word " * 5000, max_tokens=1), ask("Hi", max_tokens=1)])
-    await backend.aclose()
-
-    assert isinstance(long, InputTooLong)
-    assert isinstance(short, Completion)
