@@ -357,7 +357,8 @@ class Guard:
                 messages=check.messages,
                 prefill=THOUGHT,
                 max_tokens=self.settings.max_reasoning_tokens,
-                stop=(THOUGHT_END, BOX),
+                # A model that opens another thought has ended this one.
+                stop=(THOUGHT_END, BOX, THOUGHT),
             ),
             read,
         )
