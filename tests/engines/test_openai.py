@@ -58,5 +58,6 @@ def test_the_server_is_found_to_continue_answers_and_to_give_probabilities(backe
 
 def test_a_server_and_the_embedded_engine_agree_on_the_same_weights(backend: OpenAIBackend) -> None:
     embedded = LlamaCppBackend(embedded_weights())
-    assert_backends_agree(backend, embedded)
+    # A server's answer is read as text, over all the ways to spell a candidate; the engine's is that of one of them.
+    assert_backends_agree(backend, embedded, tolerance=0.1)
     asyncio.run(embedded.aclose())
