@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class RSafeError(Exception):
     """Base of every error this package raises on purpose."""
@@ -41,3 +43,12 @@ class InputTooLong(BackendError):
 
 class VerdictError(RSafeError, ValueError):
     """The guard model's answer is not exactly one well-formed verdict."""
+
+
+class UnreadableContent(RSafeError, ValueError):
+    """What should be judged isn't text; the message says what it is."""
+
+    def __init__(self, what: str) -> None:
+        # Clients write a block's type, and what they write stays out of messages and logs.
+        named = what if re.fullmatch(r"[A-Za-z][\w-]{0,31}", what, re.ASCII) else "unknown"
+        super().__init__(f"The guard judges text only and can't judge a content of type {named}.")

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from rsafe_plugins.backends.base import Completion, Request, Usage
+from rsafe_plugins.backends.tokens import Tokens, check_text, common_length
 from rsafe_plugins.errors import BackendError, BackendUnavailable, InputTooLong
 
 _PREFIXES = 4  # static prefixes whose keys and values are kept
@@ -24,7 +25,6 @@ _SHORTEST_PREFIX = 64  # tokens that must be saved for a prefix to be worth an e
 _RECENT = 16  # earlier chats among which a single request's static part is looked for
 _SHARERS = 4  # where many requests wait, a prefix must serve so many others
 _BATCH_TOKENS = 32768  # of a batch, prefixes and answers included; a longer request goes alone
-_LONGEST_TOKEN = 256  # bytes; no vocabulary we know has a longer one
 _DECODED_WITH = 8  # tokens before the answer: some tokenizers drop the space that a text begins with
 # Many folders name only one of the tokens that end a turn, and not always the one that the template writes.
 _ENDS_OF_TURN = frozenset(
@@ -33,7 +33,6 @@ _ENDS_OF_TURN = frozenset(
 # A dummy layer stands for one without attention, or one that uses another's keys and values.
 _KEY_VALUE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
 
-Tokens = tuple[int, ...]
 Layers = list[tuple[Any, Any]]
 
 
@@ -196,7 +195,7 @@ class CausalLM:
         prompt = self._render(request) + request.prefill
         texts = [prompt, *(prompt + candidate for candidate in request.candidates)]
         for text in texts:
-            self._check_text(text)
+            check_text(text, self.context)
         # The template writes the beginning-of-text token itself, where its model wants one.
         ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
         tokens, *whole = (tuple(row) for row in ids)
@@ -297,20 +296,6 @@ class CausalLM:
                 f"The model's chat template refuses a chat of the roles {[m.role for m in request.messages]} "
                 f"({type(error).__name__})."
             ) from error
-
-    def _check_text(self, text: str) -> None:
-        try:
-            size = len(text.encode())
-        except UnicodeEncodeError as error:
-            raise BackendError(
-                f"The prompt must be Unicode text, and character {error.start} of it is a lone surrogate "
-                f"(U+{ord(text[error.start]):04X}): replace such characters before the check."
-            ) from None  # the error quotes the text
-        if size > self.context * _LONGEST_TOKEN:
-            raise InputTooLong(
-                f"The prompt has {size} bytes, far more than the {self.context} tokens of the model's context "
-                "can hold: shorten it, or check it in parts."
-            )
 
     def _shared(self, oldest: Encoded, others: Sequence[Encoded]) -> int:
         """How many of the oldest request's first tokens are a static prefix worth keeping apart.
@@ -525,18 +510,6 @@ def _first(layers: Layers, length: int) -> Layers:
         (None, None) if keys is None else (keys[..., :length, :], values[..., :length, :])
         for keys, values in layers
     ]
-
-
-def common_length(first: Tokens, second: Tokens) -> int:
-    """How many first tokens two sequences have in common."""
-    low, high = 0, min(len(first), len(second))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if first[low:middle] == second[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def _ends_of_turn(model: Any, tokenizer: Any) -> frozenset[int]:

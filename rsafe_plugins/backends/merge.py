@@ -7,11 +7,10 @@ the Q4_1 in which the embedded weights are served. So the embedded guard is merg
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from rsafe_plugins.backends.weights import locked_cache
+from rsafe_plugins.backends.weights import locked_cache, temporary_folder
 from rsafe_plugins.errors import BackendUnavailable
 
 
@@ -29,13 +28,13 @@ def merged_weights(model: Path, adapter: Path, folder: Path) -> Path:
     """
     with adapter.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    path = folder / f"{model.name.split('.')[0]}+{adapter.stem}-{digest[:16]}.Q4_0.gguf"
+    path = folder / f"{model.stem}+{adapter.stem}-{digest[:16]}.Q4_0.gguf"
     if path.is_file():
         return path
     with locked_cache(folder):
         if not path.is_file():
-            with tempfile.TemporaryDirectory(prefix=".merge-", dir=folder) as temporary:
-                part = Path(temporary) / path.name
+            with temporary_folder(folder) as temporary:
+                part = temporary / path.name
                 _merge(model, adapter, part)
                 part.replace(path)
     return path

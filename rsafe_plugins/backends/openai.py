@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 
 from rsafe_plugins.backends.base import Backend, Completion, Message, Request, Usage
+from rsafe_plugins.backends.tokens import check_text
 from rsafe_plugins.errors import (
     BackendError,
     BackendTimeout,
@@ -178,7 +179,8 @@ class OpenAIBackend(Backend):
         assert task is not None
         pool.tasks.add(task)
         try:
-            _check_text(request)
+            for text in (*(m.content for m in request.messages), request.prefill, *request.candidates):
+                check_text(text)
             async with pool.turn(self._queue):
                 return await self._with_failover(pool, lambda server: self._complete(server, request))
         except BackendError as error:
@@ -730,17 +732,6 @@ def _used(answer: _Answer) -> Usage:
     counts = answer.usage or _Counts()
     details = counts.prompt_tokens_details or _PromptDetails()
     return Usage(counts.prompt_tokens or 0, details.cached_tokens or 0, counts.completion_tokens or 0)
-
-
-def _check_text(request: Request) -> None:
-    for text in (*(message.content for message in request.messages), request.prefill, *request.candidates):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise BackendError(
-                f"The prompt must be Unicode text, and character {error.start} of it is a lone surrogate "
-                f"(U+{ord(text[error.start]):04X}): replace such characters before the check."
-            ) from None
 
 
 def _checked_url(url: str) -> str:

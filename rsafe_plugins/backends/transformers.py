@@ -84,7 +84,6 @@ class TransformersBackend(Backend):
         self._lock = threading.Lock()
         self._inbox: list[_Job] = []
         self._is_working = False
-        self._closed = False
         self._loading: Future[None] | None = None
         self._engine: CausalLM | None = None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="rsafe-transformers")
@@ -101,7 +100,7 @@ class TransformersBackend(Backend):
                 "survive that: make a new one in the child."
             )
         with self._lock:
-            if self._closed:
+            if self.closed:
                 raise _closed()
             if self._loading is None or (self._loading.done() and self._loading.exception() is not None):
                 self._loading, self._pid = self._worker.submit(self._load), os.getpid()
@@ -125,7 +124,7 @@ class TransformersBackend(Backend):
     async def aclose(self) -> None:
         """Frees the model and its memory; requests under way end with `BackendUnavailable`."""
         with self._lock:
-            self._closed = True
+            self.closed = True
         await asyncio.to_thread(self._worker.shutdown)
         engine, self._engine = self._engine, None
         if engine is not None:
@@ -136,7 +135,7 @@ class TransformersBackend(Backend):
             from rsafe_plugins.backends.causal_lm import CausalLM, load
         except ImportError as error:
             raise BackendUnavailable(
-                'The transformers engine needs torch and transformers: pip install "rsafe-plugins[transformers]".'
+                f'The transformers engine needs {error.name}: pip install "rsafe-plugins[transformers]".'
             ) from error
         loaded = load(
             _findable(self._model, "model"),
@@ -148,7 +147,7 @@ class TransformersBackend(Backend):
 
     def _submit(self, jobs: Sequence[_Job]) -> None:
         with self._lock:
-            if self._closed:
+            if self.closed:
                 raise _closed()
             self._inbox += jobs
             if not self._is_working:
@@ -176,7 +175,7 @@ class TransformersBackend(Backend):
 
     def _new_jobs(self, *, is_last_look: bool) -> list[_Job] | None:
         with self._lock:
-            if self._closed:
+            if self.closed:
                 raise _closed()
             new, self._inbox = self._inbox, []
             if is_last_look and not new:
@@ -203,7 +202,7 @@ class TransformersBackend(Backend):
         batch = [jobs[index] for index in picked]
 
         def is_wanted(index: int) -> bool:
-            return not self._closed and not batch[index][0].answer.cancelled()
+            return not self.closed and not batch[index][0].answer.cancelled()
 
         answers: list[Completion | BackendError]
         try:
@@ -213,7 +212,7 @@ class TransformersBackend(Backend):
         for index in reversed(picked):
             del jobs[index]
         for (job, _), answer in zip(batch, answers, strict=True):
-            job.finish(_closed() if self._closed else answer)
+            job.finish(_closed() if self.closed else answer)
 
 
 def _short_name(model: str | Path) -> str:

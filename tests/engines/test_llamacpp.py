@@ -1,7 +1,6 @@
 """The conformance kit on llama.cpp and the weights that the package index serves."""
 
-import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -16,13 +15,6 @@ pytestmark = pytest.mark.engine
 def make_backend() -> Callable[[], LlamaCppBackend]:
     weights = embedded_weights()
     return lambda: LlamaCppBackend(weights)
-
-
-@pytest.fixture(scope="module")
-def backend(make_backend: Callable[[], LlamaCppBackend]) -> Iterator[LlamaCppBackend]:
-    backend = make_backend()
-    yield backend
-    asyncio.run(backend.aclose())
 
 
 class TestLlamaCppBackend(BackendConformance):

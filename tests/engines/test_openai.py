@@ -10,7 +10,6 @@ from rsafe_plugins.backends.llama_server import available_cores
 from rsafe_plugins.backends.weights import embedded_weights
 from rsafe_plugins.testing.conformance import BackendConformance, assert_backends_agree
 
-pytest.importorskip("openai")
 pytestmark = pytest.mark.engine
 
 
@@ -38,14 +37,6 @@ def llama_server() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def make_backend(llama_server: str) -> Callable[[], OpenAIBackend]:
     return lambda: OpenAIBackend(llama_server, timeout=300)
-
-
-@pytest.fixture(scope="module")
-def backend(make_backend: Callable[[], OpenAIBackend]) -> Iterator[OpenAIBackend]:
-    backend = make_backend()
-    asyncio.run(backend.prepare())
-    yield backend
-    asyncio.run(backend.aclose())
 
 
 class TestOpenAIBackend(BackendConformance):

@@ -1,7 +1,7 @@
 """The conformance kit on transformers with real weights, and its agreement with llama.cpp on them."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -10,9 +10,6 @@ from rsafe_plugins.backends.transformers import TransformersBackend
 from rsafe_plugins.backends.weights import embedded_weights
 from rsafe_plugins.testing.conformance import BackendConformance, assert_backends_agree
 
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
-pytest.importorskip("gguf")
 pytestmark = [pytest.mark.engine, pytest.mark.align]
 
 
@@ -20,13 +17,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.align]
 def make_backend() -> Callable[[], TransformersBackend]:
     weights = embedded_weights()
     return lambda: TransformersBackend(weights)
-
-
-@pytest.fixture(scope="module")
-def backend(make_backend: Callable[[], TransformersBackend]) -> Iterator[TransformersBackend]:
-    backend = make_backend()
-    yield backend
-    asyncio.run(backend.aclose())
 
 
 class TestTransformersBackend(BackendConformance):

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from rsafe_plugins import Category, Guard, Policy, SettingsError
+from rsafe_plugins.backends import LlamaCppBackend
 from rsafe_plugins.guard.fitted import PACKAGED, OperatingPoint, operating_point, read, write
 from rsafe_plugins.testing import ScriptedBackend
 
@@ -53,8 +54,10 @@ def test_other_models_stay_when_one_is_written(file: Path) -> None:
     assert set(read(file)) == {"m", "n"}
 
 
-def test_what_comes_with_the_package_can_be_read() -> None:
-    read(PACKAGED)
+@pytest.mark.parametrize("name", ["rsafe-18", "prompt-injection"])
+def test_the_packaged_guard_and_the_built_in_policies_have_been_fitted(name: str) -> None:
+    point = read(PACKAGED)[LlamaCppBackend().model][name]
+    assert point.digest == Policy.load(name).digest
 
 
 @pytest.mark.parametrize(

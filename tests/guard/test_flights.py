@@ -121,6 +121,18 @@ def test_a_verdict_is_kept_no_longer_than_the_user_said() -> None:
     assert len(backend.requests) == 2
 
 
+def test_a_verdict_that_runs_out_between_two_looks_is_judged_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = ScriptedBackend(SAFE)
+    guard = Guard(backend=backend, cache=60)
+    guard.check("x")
+    kept = guard._flights._kept
+    assert kept is not None
+    monkeypatch.setattr(type(kept), "__contains__", lambda self, key: True)
+    kept.clear()
+    assert guard.check("x").label == "safe"
+    assert len(backend.requests) == 2
+
+
 def test_two_guards_do_not_share_verdicts() -> None:
     backend = ScriptedBackend(SAFE)
     Guard(backend=backend, cache=60).check("x")

@@ -298,6 +298,17 @@ def test_starting_an_engine_is_not_counted_as_part_of_a_check() -> None:
     assert Guard(backend=Slow(SAFE), timeout=0.2).check("x").label == "safe"
 
 
+def test_an_engine_that_never_starts_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stuck(ScriptedBackend):
+        async def start(self) -> None:
+            await asyncio.sleep(60)
+
+    monkeypatch.setattr("rsafe_plugins.guard.guard._START_SECONDS", 0.05)
+    verdict = Guard(backend=Stuck(SAFE)).check("x")
+    assert (verdict.label, verdict.blocked) == (None, True)
+    assert verdict.error == "The guard's engine didn't start within 0.05 s."
+
+
 def test_an_engine_that_cannot_be_started_blocks() -> None:
     class Missing(ScriptedBackend):
         async def start(self) -> None:

@@ -92,9 +92,12 @@ def test_guards_that_name_the_same_engine_share_it() -> None:
     assert len(backends) == 1
 
 
-def test_an_engine_that_was_closed_is_not_shared_any_more() -> None:
-    first = Guard(backend="llamacpp:closed.gguf").backend
+@pytest.mark.parametrize(
+    "text", ["llamacpp:closed.gguf", "transformers:closed", "openai:http://127.0.0.1:1/v1#closed"]
+)
+def test_an_engine_that_was_closed_is_not_shared_any_more(text: str) -> None:
+    first = Guard(backend=text).backend
     asyncio.run(first.aclose())
-    second = Guard(backend="llamacpp:closed.gguf").backend
+    second = Guard(backend=text).backend
     assert first.closed
     assert not second.closed

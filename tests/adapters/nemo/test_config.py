@@ -71,6 +71,15 @@ def test_policy_is_found_in_the_folder_of_the_config(tmp_path: Path, monkeypatch
     assert guard_from_config(config).policy.name == "house-rules"
 
 
+def test_thresholds_are_found_in_the_folder_of_the_config(tmp_path: Path) -> None:
+    (tmp_path / "fitted.yaml").write_text(
+        "scripted:\n  rsafe-18:\n    threshold: 0.9\n    band: [0.9, 0.9]\n"
+    )
+    config = config_with({"backend": ScriptedBackend(), "threshold": "fitted.yaml"})
+    config.config_path = str(tmp_path)
+    assert guard_from_config(config).operating_point.threshold == 0.9
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
