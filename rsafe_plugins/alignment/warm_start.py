@@ -20,10 +20,11 @@ import torch
 import torch.distributed
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from rsafe_plugins.alignment.examples import Example, PolicyVariant
-from rsafe_plugins.errors import RSafeError
+from rsafe_plugins.backends.causal_lm import load
+from rsafe_plugins.errors import BackendUnavailable, RSafeError
 from rsafe_plugins.guard.prompt import GuardPrompt
 
 BARE_PREFILL = "\\boxed{"
@@ -106,20 +107,13 @@ def load_base(base: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
     Raises:
         AlignmentError: It can't be loaded.
     """
-    path = Path(base)
-    where: dict[str, Any] = {"pretrained_model_name_or_path": str(base)}
-    if path.suffix == ".gguf":
-        where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise AlignmentError(f"The base {base} can't be loaded: {error}") from error
+        loaded = load(str(base), adapter=None, device="cpu", dtype="float32")
+    except BackendUnavailable as error:
+        raise AlignmentError(str(error)) from error
     # The weights are plain tensors now; what is left of the quantization would stop them from being saved.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None
-    return model, tokenizer
+    loaded.model.hf_quantizer = None
+    return loaded.model, loaded.tokenizer
 
 
 class Encoder:
@@ -212,6 +206,21 @@ def _linear_names(model: Any) -> list[str]:
     )
 
 
+def _trainable(model: Any, folder: Path, wanted: LoraConfig) -> PeftModel:
+    """The model with an adapter that was trained before."""
+    try:
+        found = LoraConfig.from_pretrained(str(folder))
+        for name in ("r", "lora_alpha", "layers_to_transform"):
+            if getattr(found, name) != getattr(wanted, name):
+                raise AlignmentError(
+                    f"The adapter {folder} has {name} {getattr(found, name)}, and this run asks for "
+                    f"{getattr(wanted, name)}: give the rank and the first layer that it was trained with."
+                )
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise AlignmentError(f"The adapter {folder} can't be loaded: {error}") from error
+
+
 def _spread(weight: float, tokens: int) -> list[float]:
     return [weight / tokens] * tokens if tokens else []
 
@@ -234,6 +243,10 @@ class WarmStart:
         settings: How to train.
         out: Folder for `log.jsonl` and the adapter.
         run: What else has to be the same for a run that died to go on, such as the data, by name.
+        adapter: Folder of a PEFT adapter to go on from, of the same rank and layers; None starts a new one.
+
+    Raises:
+        AlignmentError: The base or the adapter can't be loaded, or the adapter is of another shape.
     """
 
     def __init__(
@@ -243,6 +256,7 @@ class WarmStart:
         settings: WarmStartSettings,
         out: Path,
         run: Mapping[str, Any] | None = None,
+        adapter: Path | None = None,
     ) -> None:
         self.rank, self.processes = _join_processes()
         torch.manual_seed(settings.seed)
@@ -253,6 +267,7 @@ class WarmStart:
         self._run = {
             **asdict(settings),
             "base": str(base),
+            "adapter": str(adapter),
             "template": prompt.digest,
             "processes": self.processes,
             **(run or {}),
@@ -268,7 +283,9 @@ class WarmStart:
             layers_pattern="layers",
             task_type="CAUSAL_LM",
         )
-        self.model: PeftModel = get_peft_model(model, config).to(self.device)
+        self.model: PeftModel = (
+            get_peft_model(model, config) if adapter is None else _trainable(model, adapter, config)
+        ).to(self.device)
         out.mkdir(parents=True, exist_ok=True)
         self.out = out
         self.log = Log(out / "log.jsonl")

@@ -28,6 +28,12 @@ from rsafe_plugins.commands import common
     metavar="PATH",
     help="A GGUF file, or a Hugging Face folder or name. Default: the embedded model.",
 )
+@click.option(
+    "--adapter",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A PEFT adapter to go on from. Default: a new one.",
+)
 @click.option("--template", metavar="PATH", type=click.Path(), help="The wording of the guard's prompt.")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Train no longer than this.")
 @click.option(
@@ -66,6 +72,7 @@ def align(
     stage: str,
     out: Path,
     base: str | None,
+    adapter: Path | None,
     template: str | None,
     minutes: float | None,
     batch: int,
@@ -107,7 +114,7 @@ def align(
     prompt = GuardPrompt(template)
     out.mkdir(parents=True, exist_ok=True)
     run = {"files": list(files), "batch": batch, "held_out": held_out}
-    stage_one = WarmStart(base or embedded_weights(), prompt, settings, out, run)
+    stage_one = WarmStart(base or embedded_weights(), prompt, settings, out, run, adapter)
     if stage_one.rank == 0:
         lines = "".join(item.model_dump_json() + "\n" for item in data.held_out)
         (out / "held-out.jsonl").write_text(lines, "utf-8")
@@ -122,19 +129,20 @@ def align(
     folder = stage_one.save()
     if stage_one.rank > 0:
         return 0
-    adapter = export_gguf(folder, stage_one.base_config, out / "guard-adapter.gguf", name=f"rsafe {stage}")
+    gguf = export_gguf(folder, stage_one.base_config, out / "guard-adapter.gguf", name=f"rsafe {stage}")
     report = {
         "stage": stage,
         "files": list(files),
         "items": stage_one.log.rows[-1]["seen"],
         "batch": batch,
         "settings": asdict(settings),
+        "from_adapter": str(adapter) if adapter else None,
         "minutes": round(stage_one.log.rows[-1]["minutes"], 1),
         "last_loss": sum(row["loss"] for row in stage_one.log.rows[-10:]) / len(stage_one.log.rows[-10:]),
         "machine": f"{platform.machine()}, {stage_one.device.type}",
         "adapter": str(folder),
-        "gguf": str(adapter),
-        "gguf_bytes": adapter.stat().st_size,
+        "gguf": str(gguf),
+        "gguf_bytes": gguf.stat().st_size,
     }
     (out / "run.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
     if as_json:
@@ -142,7 +150,7 @@ def align(
     else:
         common.console().print(
             f"{report['items']} items in {report['minutes']} minutes, loss {report['last_loss']:.3f}. "
-            f"The adapter for llama.cpp: {adapter} ({adapter.stat().st_size / 2**20:.1f} MiB)."
+            f"The adapter for llama.cpp: {gguf} ({gguf.stat().st_size / 2**20:.1f} MiB)."
         )
     return 0
 

@@ -5,7 +5,6 @@ import pytest
 
 from rsafe_plugins.cli import main
 
-pytest.importorskip("torch", reason="training needs torch")
 pytestmark = pytest.mark.align
 
 

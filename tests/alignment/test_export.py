@@ -3,12 +3,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="training needs torch")
-
-from rsafe_plugins.alignment.export import ExportError, export_gguf  # noqa: E402
-from rsafe_plugins.alignment.warm_start import WarmStart, WarmStartSettings  # noqa: E402
-from rsafe_plugins.guard.prompt import GuardPrompt  # noqa: E402
+from rsafe_plugins.alignment.export import ExportError, export_gguf
+from rsafe_plugins.alignment.warm_start import WarmStart, WarmStartSettings
+from rsafe_plugins.guard.prompt import GuardPrompt
 
 pytestmark = pytest.mark.align
 

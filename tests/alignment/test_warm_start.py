@@ -4,14 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from rsafe_plugins import Category, Content, Policy
 from rsafe_plugins.alignment.examples import Example, PolicyVariant
-
-torch = pytest.importorskip("torch", reason="training needs torch")
-
-from rsafe_plugins.alignment.warm_start import AlignmentError, WarmStart, WarmStartSettings  # noqa: E402
-from rsafe_plugins.guard.prompt import GuardPrompt  # noqa: E402
+from rsafe_plugins.alignment.warm_start import AlignmentError, WarmStart, WarmStartSettings
+from rsafe_plugins.guard.prompt import GuardPrompt
 
 pytestmark = pytest.mark.align
 
@@ -74,6 +72,26 @@ def test_training_lowers_the_loss_changes_the_adapter_and_keeps_a_log(
 
     tensors = load_file(str(folder / "adapter_model.safetensors"))
     assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if "lora_B" in name)
+
+
+def test_training_goes_on_from_an_adapter(tiny_base: Path, tmp_path: Path) -> None:
+    first = stage(tiny_base, tmp_path / "first", learning_rate=5e-3, warmup_steps=1)
+    first.train([(VARIANT, EXAMPLES)] * 2, total=12)
+    folder = first.save()
+    went_on = WarmStart(
+        tiny_base, GuardPrompt(), WarmStartSettings(micro_batch=2), tmp_path / "second", adapter=folder
+    )
+    assert went_on.step(VARIANT, EXAMPLES) == pytest.approx(first.step(VARIANT, EXAMPLES), rel=1e-4)
+    assert any(gradient.abs().max() > 0 for gradient in gradients(went_on.model).values())
+
+
+def test_an_adapter_of_another_shape_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    folder = stage(tiny_base, tmp_path / "first").save()
+    settings = WarmStartSettings(rank=8)
+    with pytest.raises(AlignmentError, match="has r 16, and this run asks for 8"):
+        WarmStart(tiny_base, GuardPrompt(), settings, tmp_path / "second", adapter=folder)
+    with pytest.raises(AlignmentError, match="can't be loaded"):
+        WarmStart(tiny_base, GuardPrompt(), settings, tmp_path / "second", adapter=tmp_path)
 
 
 def test_the_same_seed_trains_the_same_adapter(tiny_base: Path, tmp_path: Path) -> None:
