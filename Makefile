@@ -37,7 +37,6 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.demo
-	@$(BIN)/python -c "from rsafe_plugins.backends.weights import embedded_weights; embedded_weights()"
 	@$(BIN)/python benchmarks/embedded.py
 	@$(BIN)/python benchmarks/overhead.py
 

@@ -15,10 +15,18 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One chat message."""
+    """One chat message.
+
+    Attributes:
+        role: Whose it is.
+        content: Its text.
+        static: How many of its first characters are the same in every chat of this kind, such as a policy. An
+            engine may keep what it computed for them.
+    """
 
     role: Role
     content: str
+    static: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

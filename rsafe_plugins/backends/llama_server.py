@@ -47,6 +47,7 @@ class LlamaServer:
         context: Tokens that a prompt and its answer may have together.
         slots: Requests worked on at once.
         threads: CPU threads; -1 leaves it to llama.cpp.
+        states: Folder for saved slots, or None for no saving.
 
     Attributes:
         context: As given, or less where the model was trained on less.
@@ -57,7 +58,16 @@ class LlamaServer:
         BackendUnavailable: xllamacpp isn't installed, or it can't load the model.
     """
 
-    def __init__(self, model: Path, adapter: Path | None, *, context: int, slots: int, threads: int) -> None:
+    def __init__(
+        self,
+        model: Path,
+        adapter: Path | None,
+        *,
+        context: int,
+        slots: int,
+        threads: int,
+        states: Path | None = None,
+    ) -> None:
         try:
             import xllamacpp
         except ImportError as error:
@@ -81,6 +91,10 @@ class LlamaServer:
         params.ctx_shift = False  # a prompt that doesn't fit is an error, never cut
         params.warmup = False  # our own first request warms up, and without Python's global lock
         params.cpuparams.n_threads = threads
+        # For the few tokens that follow a static prefix, llama.cpp's CPU kernel for it is much slower.
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if states is not None:
+            params.slot_save_path = os.path.join(states, "")
         params.hostnames = [path if use_socket else "127.0.0.1"]
         params.api_keys = [self._key]
         params.cors_origins = ""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import itertools
 import math
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType, MappingProxyType
 
-from rsafe_plugins.backends.base import Backend, Completion, Request, Usage
+from rsafe_plugins.backends.base import Backend, Completion, Message, Request, Usage
 from rsafe_plugins.backends.llama_server import LlamaServer, available_cores
 from rsafe_plugins.backends.merge import merged_weights
+from rsafe_plugins.backends.prefixes import SavedPrefixes
+from rsafe_plugins.backends.tokens import Tokens, check_text, common_length
 from rsafe_plugins.backends.weights import (
     MODEL_VARIABLE,
     SMOLLM2,
@@ -26,9 +28,6 @@ from rsafe_plugins.errors import BackendError, BackendUnavailable, InputTooLong,
 
 _TOP = 256  # next tokens whose log-probabilities are asked for
 _NEGLIGIBLE = math.log(1e-6)
-_LONGEST_TOKEN = 256  # bytes; no vocabulary we know has a longer one
-
-_Tokens = tuple[int, ...]
 
 
 class LlamaCppBackend(Backend):
@@ -81,7 +80,8 @@ class LlamaCppBackend(Backend):
         self._threads = threads
         self._lock = threading.Lock()
         self._server: LlamaServer | None = None
-        self._gate: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
+        self._prefixes: SavedPrefixes | None = None
+        self._gate: _Gate | None = None
 
     async def start(self) -> None:
         """Starts the engine now instead of at the first request; fetches the weights if need be.
@@ -103,7 +103,7 @@ class LlamaCppBackend(Backend):
             BackendUnavailable: The engine can't be started, or it was closed.
         """
         server, gate = await self._started(), self._gate_of_this_loop()
-        return await asyncio.gather(*(_answer(server, gate, request) for request in requests))
+        return await asyncio.gather(*(_answer(server, gate, self._prefixes, request) for request in requests))
 
     async def aclose(self) -> None:
         """Frees the engine and its memory; requests under way end with `BackendUnavailable`."""
@@ -133,7 +133,10 @@ class LlamaCppBackend(Backend):
                     context=self._context,
                     slots=self.concurrency,
                     threads=self._threads or available_cores(),
+                    states=cache_folder() if self._model is None else None,
                 )
+                if self._model is None:
+                    self._prefixes = SavedPrefixes(cache_folder(), model.name)
             return self._server
 
     def _stop(self) -> None:
@@ -141,21 +144,33 @@ class LlamaCppBackend(Backend):
             if self._server is not None:
                 self._server.stop()
 
-    def _gate_of_this_loop(self) -> asyncio.Semaphore:
+    def _gate_of_this_loop(self) -> _Gate:
         loop = asyncio.get_running_loop()
-        if self._gate is None or self._gate[0] is not loop:
+        if self._gate is None or self._gate.loop is not loop:
             # One request more than there are slots keeps the engine busy while Python reads an answer.
-            self._gate = (loop, asyncio.Semaphore(self.concurrency + 1))
-        return self._gate[1]
+            self._gate = _Gate(loop, asyncio.Semaphore(self.concurrency + 1), asyncio.Lock())
+        return self._gate
+
+
+@dataclass(frozen=True, slots=True)
+class _Gate:
+    """What the requests of one event loop pass: so many at once, and one at a time where a prefix is new."""
+
+    loop: asyncio.AbstractEventLoop
+    places: asyncio.Semaphore
+    new_prefix: asyncio.Lock
 
 
 async def _answer(
-    server: LlamaServer, gate: asyncio.Semaphore, request: Request
+    server: LlamaServer, gate: _Gate, prefixes: SavedPrefixes | None, request: Request
 ) -> Completion | BackendError:
-    async with gate:
+    async with gate.places:
         try:
             prompt = server.template.render(request.messages) + request.prefill
             tokens = await _tokenize(server, prompt)
+            if prefixes is not None:
+                async with gate.new_prefix:
+                    await _warm(server, prefixes, request.messages[0], prompt, tokens)
             if request.candidates:
                 return await _score(server, request, prompt, tokens)
             return await _generate(server, request, tokens)
@@ -163,7 +178,18 @@ async def _answer(
             return error
 
 
-async def _generate(server: LlamaServer, request: Request, tokens: _Tokens) -> Completion:
+async def _warm(
+    server: LlamaServer, prefixes: SavedPrefixes, message: Message, prompt: str, tokens: Tokens
+) -> None:
+    static = message.content[: message.static]
+    begin = prompt.find(static)
+    if not static or begin < 0 or prefixes.knows(static):
+        return
+    head = await _tokenize(server, prompt[: begin + len(static)])
+    await prefixes.warm(server, static, tokens[: common_length(head, tokens)])
+
+
+async def _generate(server: LlamaServer, request: Request, tokens: Tokens) -> Completion:
     _check_room(server, tokens, request.max_tokens)
     answer = await server.ask(
         "/completion",
@@ -185,12 +211,12 @@ async def _generate(server: LlamaServer, request: Request, tokens: _Tokens) -> C
         raise _malformed(error) from error
 
 
-async def _score(server: LlamaServer, request: Request, prompt: str, tokens: _Tokens) -> Completion:
+async def _score(server: LlamaServer, request: Request, prompt: str, tokens: Tokens) -> Completion:
     """Walks the candidates' tokens from where they part; nearly always two or three one-token requests."""
     _check_room(server, tokens, 1)
     whole = [await _tokenize(server, prompt + candidate) for candidate in request.candidates]
     # Where a tokenizer merges the prefill's end with a candidate's beginning, the walk starts before that.
-    start = _common_length([tokens, *whole])
+    start = min(common_length(tokens, full) for full in whole)
     tails = {name: full[start:] for name, full in zip(request.candidates, whole, strict=True)}
     if not all(tails.values()):
         raise BackendError("A candidate must be at least one token long, and one is empty.")
@@ -198,7 +224,7 @@ async def _score(server: LlamaServer, request: Request, prompt: str, tokens: _To
 
     logprobs: dict[str, float] = {}
     usage: Usage | None = None
-    open_paths: dict[_Tokens, float] = {(): 0.0}
+    open_paths: dict[Tokens, float] = {(): 0.0}
     while open_paths:
         path, path_logprob = open_paths.popitem()
         following, bound, used = await _next_tokens(server, tokens[:start] + path)
@@ -226,7 +252,7 @@ async def _score(server: LlamaServer, request: Request, prompt: str, tokens: _To
     )
 
 
-async def _next_tokens(server: LlamaServer, tokens: _Tokens) -> tuple[Mapping[int, float], float, Usage]:
+async def _next_tokens(server: LlamaServer, tokens: Tokens) -> tuple[Mapping[int, float], float, Usage]:
     """The likeliest next tokens' log-probabilities, an upper bound for every other token's, tokens used."""
     answer = await server.ask(
         "/completion", {"prompt": tokens, "n_predict": 1, "n_probs": _TOP, "temperature": 0}
@@ -243,19 +269,8 @@ async def _next_tokens(server: LlamaServer, tokens: _Tokens) -> tuple[Mapping[in
     return following, bound, usage
 
 
-async def _tokenize(server: LlamaServer, text: str) -> _Tokens:
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError as error:
-        raise BackendError(
-            f"The prompt must be Unicode text, and character {error.start} of it is a lone surrogate "
-            f"(U+{ord(text[error.start]):04X}): replace such characters before the check."
-        ) from error
-    if size > server.context * _LONGEST_TOKEN:
-        raise InputTooLong(
-            f"The prompt has {size} bytes, far more than the {server.context} tokens of the engine's context "
-            "can hold: shorten it, or check it in parts."
-        )
+async def _tokenize(server: LlamaServer, text: str) -> Tokens:
+    check_text(text, server.context)
     # The template writes the beginning-of-text token itself, where its model wants one.
     answer = await server.ask("/tokenize", {"content": text, "add_special": False, "parse_special": True})
     try:
@@ -264,7 +279,7 @@ async def _tokenize(server: LlamaServer, text: str) -> _Tokens:
         raise _malformed(error) from error
 
 
-def _check_room(server: LlamaServer, tokens: _Tokens, new: int) -> None:
+def _check_room(server: LlamaServer, tokens: Tokens, new: int) -> None:
     if len(tokens) + new > server.context:
         raise InputTooLong(
             f"The prompt has {len(tokens)} tokens, and with {new} more for the answer that is over the "
@@ -275,11 +290,6 @@ def _check_room(server: LlamaServer, tokens: _Tokens, new: int) -> None:
 
 def _malformed(error: Exception) -> BackendError:
     return BackendError(f"The embedded engine's answer has not the form expected ({type(error).__name__}).")
-
-
-def _common_length(sequences: Sequence[_Tokens]) -> int:
-    columns = zip(*sequences, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def _fingerprint(path: Path) -> str:

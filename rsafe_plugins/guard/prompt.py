@@ -82,12 +82,14 @@ class GuardPrompt:
             PolicyError: No category of the policy applies to this kind of content.
             TemplateError: The template fails on this policy or kind.
         """
+        static = 0
         if self._takes_turns:
             text = self._render(policy, content.kind, thinking, turns=list(self._turns(content)))
         else:
             before, after = self._frame(policy, content.kind, thinking)
             text = before + "\n".join(map(_line, self._turns(content))) + after
-        return (Message("user", text),)
+            static = len(before)
+        return (Message("user", text, static),)
 
     def _turns(self, content: Content) -> Iterator[dict[str, str]]:
         for turn in content.history:

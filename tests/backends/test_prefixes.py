@@ -1,0 +1,117 @@
+"""The saved beginnings of prompts, with the real engine and the packaged guard."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from rsafe_plugins import Guard, Policy, Verdict
+from rsafe_plugins.backends import LlamaCppBackend
+from rsafe_plugins.backends.prefixes import MOST_KEPT
+from rsafe_plugins.backends.weights import cache_folder
+
+pytestmark = pytest.mark.engine
+
+RULES = Policy.model_validate(
+    {
+        "name": "rules",
+        "categories": [
+            {"id": f"R{number}", "name": f"Rule {number}", "description": "Orders, threats and insults."}
+            for number in range(12)
+        ],
+    }
+)
+SECRET = "My bank account is 4711 and nobody may ever know that it is."
+
+
+@pytest.fixture(scope="module")
+def weights() -> list[Path]:
+    """The files of a cache that holds the packaged guard."""
+    asyncio.run(start(LlamaCppBackend()))
+    return list(cache_folder().glob("*.gguf*"))
+
+
+@pytest.fixture
+def cache(weights: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with the weights and without saved beginnings."""
+    for path in weights:
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.setenv("RSAFE_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+async def start(backend: LlamaCppBackend) -> None:
+    await backend.start()
+    await backend.aclose()
+
+
+def checked(text: str = SECRET, policy: Policy = RULES) -> Verdict:
+    """A verdict from an engine of its own."""
+    backend = LlamaCppBackend()
+    verdict = Guard(policy, backend=backend, reasoning="never", threshold=1.0, timeout=300).check(text)
+    asyncio.run(backend.aclose())
+    assert verdict.error is None
+    return verdict
+
+
+def saved(cache: Path) -> list[Path]:
+    return sorted(cache.glob("*.prefix*"))
+
+
+def test_a_second_process_begins_where_the_policy_ends_and_says_the_same(cache: Path) -> None:
+    first, second = checked(), checked()
+    assert len(saved(cache)) == 1
+    assert second.usage.cached_tokens > 0.8 * (second.usage.prompt_tokens - 40)
+    assert second.score == pytest.approx(first.score, abs=0.01)
+
+
+def test_what_is_judged_is_not_kept(cache: Path) -> None:
+    first, again, other = checked(), checked(), checked("Hello.")
+    content = first.usage.prompt_tokens - again.usage.cached_tokens
+    assert content >= len(SECRET.split())
+    assert abs(again.usage.cached_tokens - other.usage.cached_tokens) <= 1
+
+
+def test_a_damaged_file_is_computed_again_and_replaced(cache: Path) -> None:
+    checked()
+    (path,) = saved(cache)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000])
+    checked()
+    assert path.read_bytes() == whole
+
+
+def test_another_policy_does_not_take_it(cache: Path) -> None:
+    checked()
+    (first,) = saved(cache)
+    before = first.read_bytes()
+    checked(policy=RULES.model_copy(update={"categories": RULES.categories[::-1]}))
+    assert len(saved(cache)) == 2
+    assert first.read_bytes() == before
+
+
+def test_few_are_kept_and_those_used_last(cache: Path) -> None:
+    for number in range(MOST_KEPT + 3):
+        (cache / f"{number}.prefix").touch()
+    checked()
+    kept = saved(cache)
+    assert len(kept) == MOST_KEPT
+    assert any(path.stat().st_size for path in kept)
+
+
+def test_a_cache_that_cannot_be_written_costs_no_verdict(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    assert checked().label == "safe"
+    assert saved(cache) == []
+
+
+def test_a_model_of_the_users_own_leaves_nothing_behind(cache: Path) -> None:
+    backend = LlamaCppBackend(next(cache.glob("*Q4_1.gguf")))
+    assert Guard(RULES, backend=backend, reasoning="never", threshold=1.0, timeout=300).check(SECRET).score
+    asyncio.run(backend.aclose())
+    assert saved(cache) == []
