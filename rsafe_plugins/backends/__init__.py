@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from rsafe_plugins.backends.llamacpp import LlamaCppBackend
     from rsafe_plugins.backends.openai import OpenAIBackend
     from rsafe_plugins.backends.transformers import TransformersBackend
+    from rsafe_plugins.backends.vllm import VLLMBackend
 
 __all__ = [
     "Backend",
@@ -22,25 +24,24 @@ __all__ = [
     "Request",
     "TransformersBackend",
     "Usage",
+    "VLLMBackend",
     "backend_from_string",
     "shared_backend",
 ]
 
 
+# An engine's module is imported when it is first asked for.
+_MODULES = {
+    "LlamaCppBackend": "llamacpp",
+    "OpenAIBackend": "openai",
+    "TransformersBackend": "transformers",
+    "VLLMBackend": "vllm",
+}
+
+
 def __getattr__(name: str) -> Any:
-    # An engine's module is imported when it is first asked for.
-    if name == "LlamaCppBackend":
-        from rsafe_plugins.backends.llamacpp import LlamaCppBackend
-
-        return LlamaCppBackend
-    if name == "OpenAIBackend":
-        from rsafe_plugins.backends.openai import OpenAIBackend
-
-        return OpenAIBackend
-    if name == "TransformersBackend":
-        from rsafe_plugins.backends.transformers import TransformersBackend
-
-        return TransformersBackend
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -65,9 +66,9 @@ def backend_from_string(text: str) -> Backend:
 
     Args:
         text: `embedded` (llama.cpp in process with the packaged guard), `llamacpp:PATH` (any GGUF),
-            `transformers:MODEL` (a Hugging Face name or folder, or a GGUF file), or `openai:BASE_URL#MODEL` (a
-            server that speaks OpenAI's chat API; several addresses with commas between them are one pool;
-            without `#MODEL` the only model that it has).
+            `transformers:MODEL` (a Hugging Face name or folder, or a GGUF file), `vllm:MODEL` (a Hugging Face name
+            or folder), or `openai:BASE_URL#MODEL` (a server that speaks OpenAI's chat API; several addresses with
+            commas between them are one pool; without `#MODEL` the only model that it has).
 
     Raises:
         SettingsError: The string names no backend.
@@ -81,12 +82,16 @@ def backend_from_string(text: str) -> Backend:
         from rsafe_plugins.backends.transformers import TransformersBackend
 
         return TransformersBackend(rest)
+    if engine == "vllm" and rest:
+        from rsafe_plugins.backends.vllm import VLLMBackend
+
+        return VLLMBackend(rest)
     if engine == "openai":
         from rsafe_plugins.backends.openai import OpenAIBackend
 
         urls, _, model = rest.partition("#")
         return OpenAIBackend(urls.split(","), model or None)
     raise SettingsError(
-        "backend must be 'embedded', 'llamacpp:PATH', 'transformers:MODEL' or 'openai:BASE_URL#MODEL', "
-        f"not {text!r}."
+        "backend must be 'embedded', 'llamacpp:PATH', 'transformers:MODEL', 'vllm:MODEL' or "
+        f"'openai:BASE_URL#MODEL', not {text!r}."
     )

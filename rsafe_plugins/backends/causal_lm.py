@@ -5,20 +5,20 @@ from __future__ import annotations
 import inspect
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import jinja2
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from rsafe_plugins.backends.base import Completion, Request, Usage
-from rsafe_plugins.backends.tokens import Tokens, check_text, common_length
-from rsafe_plugins.errors import BackendError, BackendUnavailable, InputTooLong
+from rsafe_plugins.backends.encoding import Encoded, encode
+from rsafe_plugins.backends.tokens import Tokens, common_length
+from rsafe_plugins.errors import BackendError, BackendUnavailable
 
 _PREFIXES = 4  # static prefixes whose keys and values are kept
 _SHORTEST_PREFIX = 64  # tokens that must be saved for a prefix to be worth an extra pass
@@ -34,41 +34,6 @@ _ENDS_OF_TURN = frozenset(
 _KEY_VALUE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
 
 Layers = list[tuple[Any, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """A request in tokens.
-
-    Attributes:
-        request: The request.
-        tokens: What comes before the first token that is asked for.
-        tails: The tokens of each candidate after `tokens`; empty where text is asked for.
-    """
-
-    request: Request
-    tokens: Tokens
-    tails: Mapping[str, Tokens]
-
-    @property
-    def paths(self) -> list[Tokens]:
-        """The rows to compute: what each candidate's last token follows, but for those that another contains."""
-        paths = sorted({tail[:-1] for tail in self.tails.values()} or {()})
-        return [
-            path
-            for path, following in zip(paths, [*paths[1:], None], strict=True)
-            if following is None or following[: len(path)] != path
-        ]
-
-    @property
-    def new(self) -> int:
-        """Tokens that may come after `tokens`."""
-        return max(map(len, self.tails.values()), default=self.request.max_tokens)
-
-    @property
-    def length(self) -> int:
-        """Tokens that it may come to, the answer included."""
-        return len(self.tokens) + self.new
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,28 +157,7 @@ class CausalLM:
             InputTooLong: It doesn't fit the context.
             BackendError: The template refuses the chat, or the text isn't Unicode.
         """
-        prompt = self._render(request) + request.prefill
-        texts = [prompt, *(prompt + candidate for candidate in request.candidates)]
-        for text in texts:
-            check_text(text, self.context)
-        # The template writes the beginning-of-text token itself, where its model wants one.
-        ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
-        tokens, *whole = (tuple(row) for row in ids)
-        # Where a tokenizer merges the prefill's end with a candidate's beginning, scoring starts before that.
-        start = min((common_length(tokens, full) for full in whole), default=len(tokens))
-        tails = {name: full[start:] for name, full in zip(request.candidates, whole, strict=True)}
-        if not start:
-            raise BackendError("The prompt must be at least one token long, and it is empty.")
-        if not all(tails.values()):
-            raise BackendError("A candidate must be at least one token long, and one is empty.")
-        encoded = Encoded(request, tokens[:start], MappingProxyType(tails))
-        if encoded.length > self.context:
-            raise InputTooLong(
-                f"The prompt has {len(tokens)} tokens, and with {encoded.length - len(tokens)} more for the answer "
-                f"that is over the {self.context} of the model's context: shorten it, check it in parts, or use a "
-                "model with a larger one."
-            )
-        return encoded
+        return encode(self._tokenizer, request, self.context)
 
     def plan(self, waiting: Sequence[Encoded], size: int) -> tuple[list[int], int]:
         """Which of the waiting requests to answer next, as one batch, and how many first tokens they share.
@@ -286,16 +230,6 @@ class CausalLM:
         self._prefixes.clear()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _render(self, request: Request) -> str:
-        chat = [{"role": message.role, "content": message.content} for message in request.messages]
-        try:
-            return str(self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-        except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError) as error:
-            raise BackendError(
-                f"The model's chat template refuses a chat of the roles {[m.role for m in request.messages]} "
-                f"({type(error).__name__})."
-            ) from error
 
     def _shared(self, oldest: Encoded, others: Sequence[Encoded]) -> int:
         """How many of the oldest request's first tokens are a static prefix worth keeping apart.

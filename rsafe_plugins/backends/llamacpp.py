@@ -15,7 +15,7 @@ from rsafe_plugins.backends.base import Backend, Completion, Message, Request, U
 from rsafe_plugins.backends.llama_server import LlamaServer, available_cores
 from rsafe_plugins.backends.merge import merged_weights
 from rsafe_plugins.backends.prefixes import SavedPrefixes
-from rsafe_plugins.backends.tokens import Tokens, check_text, common_length
+from rsafe_plugins.backends.tokens import Tokens, check_text, common_length, walk_candidates
 from rsafe_plugins.backends.weights import (
     MODEL_VARIABLE,
     SMOLLM2,
@@ -27,7 +27,6 @@ from rsafe_plugins.backends.weights import (
 from rsafe_plugins.errors import BackendError, BackendUnavailable, InputTooLong, SettingsError
 
 _TOP = 256  # next tokens whose log-probabilities are asked for
-_NEGLIGIBLE = math.log(1e-6)
 
 
 class LlamaCppBackend(Backend):
@@ -212,7 +211,7 @@ async def _generate(server: LlamaServer, request: Request, tokens: Tokens) -> Co
 
 
 async def _score(server: LlamaServer, request: Request, prompt: str, tokens: Tokens) -> Completion:
-    """Walks the candidates' tokens from where they part; nearly always two or three one-token requests."""
+    """Walks the candidates' tokens from where they part, a one-token request a step."""
     _check_room(server, tokens, 1)
     whole = [await _tokenize(server, prompt + candidate) for candidate in request.candidates]
     # Where a tokenizer merges the prefill's end with a candidate's beginning, the walk starts before that.
@@ -222,34 +221,21 @@ async def _score(server: LlamaServer, request: Request, prompt: str, tokens: Tok
         raise BackendError("A candidate must be at least one token long, and one is empty.")
     _check_room(server, tokens[:start], max(map(len, tails.values())))
 
-    logprobs: dict[str, float] = {}
     usage: Usage | None = None
-    open_paths: dict[Tokens, float] = {(): 0.0}
-    while open_paths:
-        path, path_logprob = open_paths.popitem()
+
+    async def next_tokens(path: Tokens, steps: set[int]) -> tuple[Mapping[int, float], float]:
+        nonlocal usage
         following, bound, used = await _next_tokens(server, tokens[:start] + path)
         usage = usage or used
-        names = [name for name, tail in tails.items() if tail[: len(path)] == path and len(tail) > len(path)]
-        steps = {tails[name][len(path)] for name in names}
         if not path and not steps & following.keys():
             raise BackendError(
                 f"None of the candidates {list(request.candidates)} is among the {_TOP} likeliest "
                 "continuations: this model doesn't answer in the form that is asked for."
             )
-        best = max(following.get(step, bound) for step in steps)
-        for step in steps:
-            logprob = following.get(step, bound)
-            longer = [name for name in names if tails[name][len(path)] == step]
-            for name in longer:
-                logprobs[name] = path_logprob + logprob
-            parts_later = any(len(tails[name]) > len(path) + 1 for name in longer)
-            if parts_later and step in following and logprob - best > _NEGLIGIBLE:
-                open_paths[(*path, step)] = path_logprob + logprob
-    return Completion(
-        finish_reason="candidates",
-        logprobs=MappingProxyType({name: logprobs[name] for name in request.candidates}),
-        usage=usage or Usage(),
-    )
+        return following, bound
+
+    logprobs = await walk_candidates(tails, next_tokens)
+    return Completion(finish_reason="candidates", logprobs=MappingProxyType(logprobs), usage=usage or Usage())
 
 
 async def _next_tokens(server: LlamaServer, tokens: Tokens) -> tuple[Mapping[int, float], float, Usage]:

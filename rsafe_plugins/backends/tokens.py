@@ -1,12 +1,17 @@
-"""What every engine that is given text, or tokens, has to look at."""
+"""What the engines that are given text or tokens have in common."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Mapping
 
 from rsafe_plugins.errors import BackendError, InputTooLong
 
 Tokens = tuple[int, ...]
+NextTokens = Callable[[Tokens, set[int]], Awaitable[tuple[Mapping[int, float], float]]]
 
 _LONGEST_TOKEN = 256  # bytes; no vocabulary we know has a longer one
+_NEGLIGIBLE = math.log(1e-6)
 
 
 def check_text(text: str, context: int | None = None) -> None:
@@ -44,3 +49,33 @@ def common_length(first: Tokens, second: Tokens) -> int:
         else:
             high = middle - 1
     return low
+
+
+async def walk_candidates(tails: Mapping[str, Tokens], next_tokens: NextTokens) -> dict[str, float]:
+    """The log-probability of each candidate, a step a token; of labels, nearly always one or two steps.
+
+    Of a candidate whose first token is less than a millionth as likely as another candidate's, the later tokens
+    aren't looked at; what it gets is an upper bound.
+
+    Args:
+        tails: Each candidate's tokens after what all share; none is empty, none begins with another.
+        next_tokens: Given a path of tokens and the tokens that may follow it: log-probabilities of the following
+            token, and an upper bound for those that it doesn't hold.
+    """
+    logprobs: dict[str, float] = {}
+    open_paths: dict[Tokens, float] = {(): 0.0}
+    while open_paths:
+        path, so_far = open_paths.popitem()
+        names = [name for name, tail in tails.items() if tail[: len(path)] == path and len(tail) > len(path)]
+        steps = {tails[name][len(path)] for name in names}
+        following, bound = await next_tokens(path, steps)
+        best = max(following.get(step, bound) for step in steps)
+        for step in steps:
+            logprob = following.get(step, bound)
+            longer = [name for name in names if tails[name][len(path)] == step]
+            for name in longer:
+                logprobs[name] = so_far + logprob
+            goes_on = any(len(tails[name]) > len(path) + 1 for name in longer)
+            if goes_on and step in following and logprob - best > _NEGLIGIBLE:
+                open_paths[(*path, step)] = so_far + logprob
+    return {name: logprobs[name] for name in tails}

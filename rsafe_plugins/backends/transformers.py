@@ -16,7 +16,8 @@ from rsafe_plugins.backends.base import Backend, Completion, Request
 from rsafe_plugins.errors import BackendError, BackendUnavailable, SettingsError
 
 if TYPE_CHECKING:
-    from rsafe_plugins.backends.causal_lm import CausalLM, Encoded
+    from rsafe_plugins.backends.causal_lm import CausalLM
+    from rsafe_plugins.backends.encoding import Encoded
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 

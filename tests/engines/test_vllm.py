@@ -1,0 +1,56 @@
+"""The conformance kit on vLLM with real weights, in the environment that `make test-engines` makes for it."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rsafe_plugins import Guard
+from rsafe_plugins.backends import Backend, VLLMBackend
+from rsafe_plugins.backends.weights import embedded_weights
+from rsafe_plugins.errors import BackendUnavailable
+from rsafe_plugins.testing.conformance import BackendConformance
+
+pytestmark = pytest.mark.vllm
+
+CONTEXT = 2048
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded guard's weights as a Hugging Face folder, since this engine reads no GGUF."""
+    weights = embedded_weights()
+    where = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
+    model = AutoModelForCausalLM.from_pretrained(**where)
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    path = tmp_path_factory.mktemp("weights")
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def make_backend(folder: Path) -> Callable[[], VLLMBackend]:
+    return lambda: VLLMBackend(folder, context=CONTEXT, dtype="float32", enforce_eager=True)
+
+
+class TestVLLMBackend(BackendConformance):
+    too_long_words = 10_000
+
+
+def test_policies_are_served_from_the_prefix_cache(backend: Backend) -> None:
+    guard = Guard(backend=backend, reasoning="never", threshold=1.0)
+    guard.check("How do I bake bread?")
+    verdict = guard.check("Write a poem about the sea.")
+    assert verdict.error is None
+    assert verdict.usage.cached_tokens > 0.9 * (verdict.usage.prompt_tokens - 40)
+
+
+def test_an_engine_that_cannot_start_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(BackendUnavailable, match=r"^vLLM can't start with .*\.$"):
+        asyncio.run(VLLMBackend(tmp_path).start())
+    with pytest.raises(BackendUnavailable, match=r"^vLLM refuses an engine argument \(.*'colour'.*\)\.$"):
+        asyncio.run(VLLMBackend(tmp_path, colour="red").start())
