@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rsafe_plugins import Guard
-from rsafe_plugins.backends import Backend, VLLMBackend
+from rsafe_plugins import Content, Policy
+from rsafe_plugins.backends import Backend, Completion, Request, VLLMBackend
 from rsafe_plugins.backends.weights import embedded_weights
 from rsafe_plugins.errors import BackendUnavailable
+from rsafe_plugins.guard.prompt import GuardPrompt
 from rsafe_plugins.testing.conformance import BackendConformance
 
 pytestmark = pytest.mark.vllm
@@ -34,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def make_backend(folder: Path) -> Callable[[], VLLMBackend]:
-    return lambda: VLLMBackend(folder, context=CONTEXT, dtype="float32", enforce_eager=True)
+    return lambda: VLLMBackend(folder, context=CONTEXT, dtype="float32", enforce_eager=True, block_size=16)
 
 
 class TestVLLMBackend(BackendConformance):
@@ -42,11 +43,13 @@ class TestVLLMBackend(BackendConformance):
 
 
 def test_policies_are_served_from_the_prefix_cache(backend: Backend) -> None:
-    guard = Guard(backend=backend, reasoning="never", threshold=1.0)
-    guard.check("How do I bake bread?")
-    verdict = guard.check("Write a poem about the sea.")
-    assert verdict.error is None
-    assert verdict.usage.cached_tokens > 0.9 * (verdict.usage.prompt_tokens - 40)
+    # These weights aren't a guard's, and a guard that answers something else is a failed check.
+    prompt, policy = GuardPrompt(), Policy.load("rsafe-18")
+    chats = [prompt.messages(policy, Content.prompt(text)) for text in ("How do I bake bread?", "Hello.")]
+    requests = [Request(messages=chat, prefill="\\boxed{", candidates=("safe", "unsafe")) for chat in chats]
+    _, second = [asyncio.run(backend.complete([request]))[0] for request in requests]
+    assert isinstance(second, Completion)
+    assert second.usage.cached_tokens >= 0.95 * (second.usage.prompt_tokens - 25)
 
 
 def test_an_engine_that_cannot_start_is_one_sentence(tmp_path: Path) -> None:
