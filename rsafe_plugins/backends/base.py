@@ -6,7 +6,7 @@ import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from rsafe_plugins.errors import BackendError
 
@@ -40,6 +40,7 @@ class Request:
         stop: Generation ends before any of these strings; the string itself is not part of the text.
         candidates: Continuations whose log-probabilities are wanted instead of text. No candidate is a
             prefix of another, so their probabilities sum to at most 1.
+        template_args: What the model's chat template is given beside the messages.
     """
 
     messages: tuple[Message, ...]
@@ -47,6 +48,7 @@ class Request:
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
     candidates: tuple[str, ...] = ()
+    template_args: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,7 @@ class Backend(abc.ABC):
         supports_candidates: Whether the engine can score `Request.candidates`. Where it can't, the guard
             generates and parses strictly.
         supports_prefill: Whether the engine can continue a begun assistant message.
+        prefill_is_message: Whether it is given that as a message of the chat, so that a chat template sees it.
         concurrency: How many requests the engine works on at once.
         closed: Whether `aclose` was called.
     """
@@ -104,6 +107,7 @@ class Backend(abc.ABC):
     model: str
     supports_candidates: bool = True
     supports_prefill: bool = True
+    prefill_is_message: bool = False
     concurrency: int = 64
     closed: bool = False
 

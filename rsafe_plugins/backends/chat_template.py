@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import jinja2
@@ -41,8 +42,12 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise BackendUnavailable(f"The model's chat template can't be used: {error}.") from error
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], args: Mapping[str, Any] = MappingProxyType({})) -> str:
         """The prompt of a chat, up to where the assistant's next answer begins.
+
+        Args:
+            messages: The chat.
+            args: What else the template is given.
 
         Raises:
             BackendError: The template refuses this chat, for instance because it knows no system role.
@@ -50,7 +55,7 @@ class ChatTemplate:
         chat = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return self._template.render(
-                messages=chat, add_generation_prompt=True, tools=None, documents=None
+                {"tools": None, "documents": None, **args, "messages": chat, "add_generation_prompt": True}
             )
         except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError) as error:
             raise BackendError(

@@ -88,7 +88,11 @@ def encode(tokenizer: Any, request: Request, context: int) -> Encoded:
 def _render(tokenizer: Any, request: Request) -> str:
     chat = [{"role": message.role, "content": message.content} for message in request.messages]
     try:
-        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+        return str(
+            tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True, **request.template_args
+            )
+        )
     except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError) as error:
         raise BackendError(
             f"The model's chat template refuses a chat of the roles {[m.role for m in request.messages]} "

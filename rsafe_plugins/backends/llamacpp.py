@@ -165,7 +165,7 @@ async def _answer(
 ) -> Completion | BackendError:
     async with gate.places:
         try:
-            prompt = server.template.render(request.messages) + request.prefill
+            prompt = server.template.render(request.messages, request.template_args) + request.prefill
             tokens = await _tokenize(server, prompt)
             if prefixes is not None:
                 async with gate.new_prefix:

@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -100,6 +100,7 @@ class OpenAIBackend(Backend):
         self._given_model = model
         self.model = model or urllib.parse.urlsplit(self._urls[0]).netloc
         self.supports_candidates = self.supports_prefill = False
+        self.prefill_is_message = True
         self.concurrency = concurrency
         self._queue = queue
         self._timeout = timeout
@@ -646,6 +647,11 @@ def _body(request: Request, skills: _Skills, top: int = 0) -> dict[str, Any]:
         messages.append({"role": "assistant", "content": _Unshown(request.prefill)})
         if skills.flags:
             body["extra_body"] = {"continue_final_message": True, "add_generation_prompt": False}
+    if request.template_args:
+        body["extra_body"] = {
+            **body.get("extra_body", {}),
+            "chat_template_kwargs": dict(request.template_args),
+        }
     if top:
         body |= {"logprobs": True, "top_logprobs": top}
     return body
@@ -653,7 +659,7 @@ def _body(request: Request, skills: _Skills, top: int = 0) -> dict[str, Any]:
 
 def _scoring_body(request: Request, prefill: str, skills: _Skills) -> dict[str, Any]:
     """The chat request for the likeliest next tokens; which of them is drawn doesn't matter."""
-    asked = Request(messages=request.messages, prefill=prefill, max_tokens=1)
+    asked = replace(request, prefill=prefill, max_tokens=1, stop=(), candidates=())
     # Some servers report probabilities as the temperature makes them: 1 leaves the model's own.
     return _body(asked, skills, skills.top) | {"temperature": 1.0}
 

@@ -41,6 +41,11 @@ SAFE, BLOCKED, FAILED = 0, 1, 3
 )
 @click.option("--backend", metavar="ENGINE", help="For example embedded, llamacpp:PATH, openai:URL#MODEL.")
 @click.option(
+    "--dialect",
+    metavar="NAME|PATH",
+    help="How the guard model is asked and answers. Default: guessed from the model's name.",
+)
+@click.option(
     "--reasoning",
     type=click.Choice(["never", "always", "adaptive"]),
     help="Whether the guard thinks before its verdict; adaptive: only when it is unsure.",

@@ -40,6 +40,11 @@ _MODES = ("never", "always")
 @click.option("--policy", metavar="NAME|PATH", help="For prompts and responses. Default: rsafe-18.")
 @click.option("--document-policy", default="prompt-injection", show_default=True, metavar="NAME|PATH")
 @click.option("--backend", metavar="ENGINE", help="For example embedded, llamacpp:PATH, openai:URL#MODEL.")
+@click.option(
+    "--dialect",
+    metavar="NAME|PATH",
+    help="How the guard model is asked and answers. Default: guessed from the model's name.",
+)
 @click.option("--reasoning", type=click.Choice(["never", "always", "adaptive"]))
 @click.option(
     "--threshold",

@@ -22,23 +22,17 @@ from rsafe_plugins.errors import (
 )
 from rsafe_plugins.guard import loop
 from rsafe_plugins.guard.content import Content
+from rsafe_plugins.guard.dialects import dialect_of
 from rsafe_plugins.guard.fitted import OperatingPoint, operating_point
 from rsafe_plugins.guard.flights import Flights
 from rsafe_plugins.guard.parts import MOST_CHARACTERS, MOST_PARTS, Span, halves
-from rsafe_plugins.guard.prompt import GuardPrompt
+from rsafe_plugins.guard.prompt import Thinking
 from rsafe_plugins.guard.settings import GuardSettings, OnError, Reasoning
-from rsafe_plugins.guard.verdict import Label, Verdict, named_categories, parse_answer
-from rsafe_plugins.policy import Policy
+from rsafe_plugins.guard.verdict import Label, Verdict, named_categories
+from rsafe_plugins.policy import Category, Policy
 
 T = TypeVar("T")
 
-BOX = "\\boxed{"
-THOUGHT = "<think>"
-THOUGHT_END = "</think>"
-LABELS: tuple[Label, Label] = ("safe", "unsafe")
-
-# Room for the verdict and its categories after a thought, and for a bare verdict, in tokens.
-_ANSWER_TOKENS = 64
 _CATEGORY_TOKENS = 32
 # Below this probability of both labels together the model wasn't answering the question.
 _LEAST_MASS = 0.5
@@ -53,6 +47,7 @@ class _Check:
     """One content on its way to a verdict."""
 
     content: Content
+    policy: Policy
     messages: tuple[Message, ...]
     label: Label | None = None
     score: float | None = None
@@ -90,6 +85,8 @@ class Guard:
         timeout: Seconds for one check.
         on_error: What a failed check does: `block` (the default), `allow`, or `raise`.
         cache: Seconds for which a verdict is kept for the same content; 0, the default, keeps none.
+        dialect: How the guard model is asked and answers: a name such as `llama-guard`, or a dialect file. Left
+            out, it is guessed from the model's name.
         template: A prompt template file.
 
     Raises:
@@ -117,8 +114,10 @@ class Guard:
         timeout: float | None = None,
         on_error: OnError | None = None,
         cache: float | None = None,
+        dialect: str | Path | None = None,
         template: str | Path | None = None,
     ) -> None:
+        dialect = str(dialect) if dialect is not None else None
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         self._set_up(GuardSettings.read(given))
 
@@ -151,10 +150,14 @@ class Guard:
     def _set_up(self, settings: GuardSettings) -> None:
         self.settings = settings
         self.policy = settings.policy if isinstance(settings.policy, Policy) else Policy.load(settings.policy)
-        self.prompt = GuardPrompt(settings.template)
         self.backend = (
             settings.backend if isinstance(settings.backend, Backend) else shared_backend(settings.backend)
         )
+        self.dialect = dialect_of(settings.dialect, settings.template, self.backend.model)
+        if settings.reasoning == "always" and self.dialect.labels and self.dialect.thought is None:
+            raise SettingsError(
+                f"A guard of the dialect {self.dialect.name} doesn't think: set reasoning to never or adaptive."
+            )
         self._flights = Flights(self._judge, settings.cache, lambda check: check.error is None, self._late)
         _ = self.operating_point  # a file that can't be read is said now, not at the first check
 
@@ -255,7 +258,7 @@ class Guard:
                 turns = check.content.history
                 check.content = replace(check.content, history=turns[(len(turns) + 1) // 2 :])
                 if check.content.size <= MOST_CHARACTERS:
-                    check.messages, check.error = self.prompt.messages(self.policy, check.content), None
+                    check.messages, check.error = self._messages(check.policy, check.content), None
             await self._decide(too_long)
 
     async def _decide_in_parts(self, checks: Sequence[_Check]) -> None:
@@ -287,14 +290,17 @@ class Guard:
                 check.take_worst(done[id(check)])
 
     async def _part(self, check: _Check, span: Span) -> _Check:
-        part = await self._begin(replace(check.content, text=check.content.text[span[0] : span[1]]))
+        text = check.content.text[span[0] : span[1]]
+        part = await self._begin(replace(check.content, text=text), check.policy)
         part.part = span
         return part
 
-    async def _begin(self, content: Content) -> _Check:
+    async def _begin(self, content: Content, policy: Policy | None = None) -> _Check:
+        policy = policy or self.policy
         if content.size > MOST_CHARACTERS:
             return _Check(
                 content,
+                policy,
                 (),
                 error=InputTooLong(
                     f"The content and what surrounds it have {content.size} characters, and a guard takes at most "
@@ -303,13 +309,45 @@ class Guard:
             )
         if content.size > _LARGE:
             await asyncio.sleep(0)  # a list of large ones lets the checks of others go on in between
-        return _Check(content, self.prompt.messages(self.policy, content))
+        return _Check(content, policy, self._messages(policy, content))
+
+    def _messages(
+        self, policy: Policy, content: Content, thinking: Thinking | None = None
+    ) -> tuple[Message, ...]:
+        if thinking is None or not self.dialect.mode_in_prompt:
+            is_bare = self.dialect.mode_in_prompt and self.settings.reasoning != "always"
+            thinking = "skip" if is_bare else "open"
+        return self.dialect.messages(policy, content, thinking)
+
+    @property
+    def _can_begin(self) -> bool:
+        """Whether the model's answer can be begun for it."""
+        as_message = self.dialect.own_chat and self.backend.prefill_is_message
+        return self.backend.supports_prefill and not as_message
 
     @property
     def _scores(self) -> bool:
-        return self.backend.supports_candidates and self.backend.supports_prefill
+        # A label of several tokens is scored by beginning the answer with the first of them.
+        return self.backend.supports_candidates and bool(self.dialect.labels) and self._can_begin
 
     async def _decide(self, checks: Sequence[_Check]) -> None:
+        if not self.dialect.one_category:
+            await self._decide_whole(checks)
+            return
+        asked = {
+            id(check): [await self._of_category(check, c) for c in _categories(check)] for check in checks
+        }
+        await self._decide_whole([one for ones in asked.values() for one in ones])
+        for check in checks:
+            if ones := asked[id(check)]:
+                check.take_worst(ones)
+                met = [one.policy.categories[0].id for one in ones if one.label == "unsafe"]
+                check.conclusion = f"Categories: {', '.join(met) or 'none'}"
+
+    async def _of_category(self, check: _Check, category: Category) -> _Check:
+        return await self._begin(check.content, check.policy.model_copy(update={"categories": (category,)}))
+
+    async def _decide_whole(self, checks: Sequence[_Check]) -> None:
         if not self._scores:
             await self._generate(checks)
             return
@@ -317,7 +355,7 @@ class Guard:
         if self.settings.reasoning != "always":
             await self._score(checks)
             uncertain = []
-            if self.settings.reasoning == "adaptive":
+            if self.settings.reasoning == "adaptive" and self.dialect.thought is not None:
                 uncertain = [check for check in checks if self._is_uncertain(check)]
         if uncertain:
             await self._think(uncertain)
@@ -329,65 +367,76 @@ class Guard:
         low, high = self.operating_point.band
         return check.score is not None and low < high and low <= check.score <= high
 
-    async def _score(
-        self, checks: Sequence[_Check], begin: Callable[[_Check], str] = lambda check: BOX
-    ) -> None:
+    async def _score(self, checks: Sequence[_Check], *, thought: bool = False) -> None:
         """The probability of each label right after what the answer begins with."""
+        labels = self.dialect.labels
 
         def read(check: _Check, completion: Completion) -> None:
-            safe, unsafe = (math.exp(completion.logprobs[label]) for label in LABELS)
-            mass = safe + unsafe
+            probability = {"safe": 0.0, "unsafe": 0.0}
+            for spelling, label in labels.items():
+                probability[label] += math.exp(completion.logprobs[spelling])
+            mass = probability["safe"] + probability["unsafe"]
             # Also true where a broken engine answers with NaN.
             if not _LEAST_MASS <= mass <= 1.0 + 1e-3:
                 raise VerdictError(
-                    f"Expected the model to answer safe or unsafe; it gave both together a probability of {mass:.2g}."
+                    f"Expected the model to answer {_named(labels)}; it gave them together a probability of {mass:.2g}."
                 )
-            check.score = unsafe / mass
+            check.score = probability["unsafe"] / mass
             check.label = "unsafe" if check.score >= threshold else "safe"
 
+        def request(check: _Check) -> Request:
+            begin = self.dialect.begin
+            if thought and (form := self.dialect.thought):
+                begin = f"{form.open}{check.thought}{form.close}{form.then}"
+            return self._request(check, prefill=begin, candidates=tuple(labels), thinking=thought)
+
         threshold = self.operating_point.threshold
-        await self._ask(
-            checks,
-            lambda check: Request(messages=check.messages, prefill=begin(check), candidates=LABELS),
-            read,
-        )
+        await self._ask(checks, request, read)
+
+    def _request(self, check: _Check, *, thinking: bool = False, **asked: Any) -> Request:
+        messages = check.messages
+        if thinking and self.dialect.mode_in_prompt:
+            messages = self._messages(check.policy, check.content, "open")
+        arguments = self.dialect.template_args(check.policy, check.content)
+        return Request(messages=messages, template_args=arguments, **asked)
 
     async def _think(self, checks: Sequence[_Check]) -> None:
         """A thought within its budget, closed by us whether the model closed it or not, then the scored verdict."""
+        form = self.dialect.thought
+        assert form is not None
         for check in checks:
             # What was said without a thought no longer counts, also if thinking fails.
             check.label = check.score = None
 
         def read(check: _Check, completion: Completion) -> None:
-            check.thought = completion.text.split(THOUGHT_END)[0].strip()
+            check.thought = completion.text.split(form.close)[0].strip()
 
         await self._ask(
             checks,
-            lambda check: Request(
-                messages=check.messages,
-                prefill=THOUGHT,
+            lambda check: self._request(
+                check,
+                prefill=form.open,
                 max_tokens=self.settings.max_reasoning_tokens,
-                # A model that opens another thought has ended this one.
-                stop=(THOUGHT_END, BOX, THOUGHT),
+                # A model that opens another thought, or begins its answer, has ended this one.
+                stop=tuple(filter(None, (form.close, form.then.strip(), form.open))),
+                thinking=True,
             ),
             read,
         )
-        thought = [check for check in checks if check.error is None]
-        await self._score(thought, lambda check: f"{THOUGHT}{check.thought}{THOUGHT_END}\n{BOX}")
+        await self._score([check for check in checks if check.error is None], thought=True)
 
     async def _name_categories(self, checks: Sequence[_Check]) -> None:
         """What a bare unsafe verdict is for. It explains a block and can't lift it."""
+        if self.dialect.naming is None or not self._can_begin:
+            return
 
         def read(check: _Check, completion: Completion) -> None:
             check.conclusion = f"Categories:{completion.text}"
 
         await self._ask(
             checks,
-            lambda check: Request(
-                messages=check.messages,
-                prefill=f"{BOX}unsafe}}\nCategories:",
-                max_tokens=_CATEGORY_TOKENS,
-                stop=("\n",),
+            lambda check: self._request(
+                check, prefill=self.dialect.naming, max_tokens=_CATEGORY_TOKENS, stop=("\n",)
             ),
             read,
             explains=True,
@@ -401,7 +450,7 @@ class Guard:
         mode = self.settings.reasoning
 
         def read(check: _Check, completion: Completion) -> None:
-            answer = parse_answer(completion.text, thinking=True if mode == "always" else None)
+            answer = self.dialect.parse(completion.text, thinking=True if mode == "always" else None)
             if answer.reasoning is None and completion.finish_reason == "length":
                 raise VerdictError(
                     "Expected an answer that ends; it ran into its token budget without a thought."
@@ -409,15 +458,15 @@ class Guard:
             check.label, check.thought, check.conclusion = answer.label, answer.reasoning, answer.conclusion
 
         def bare(check: _Check) -> Request:
-            messages = self.prompt.messages(self.policy, check.content, "skip")
-            return Request(messages=messages, max_tokens=_ANSWER_TOKENS)
+            messages = self.dialect.messages(check.policy, check.content, "skip")
+            arguments = self.dialect.template_args(check.policy, check.content)
+            return Request(messages=messages, template_args=arguments, max_tokens=self.dialect.answer_tokens)
 
-        budget = self.settings.max_reasoning_tokens + _ANSWER_TOKENS
-        await self._ask(
-            checks,
-            bare if mode == "never" else lambda check: Request(messages=check.messages, max_tokens=budget),
-            read,
-        )
+        def free(check: _Check) -> Request:
+            budget = self.settings.max_reasoning_tokens + self.dialect.answer_tokens
+            return self._request(check, max_tokens=budget, thinking=True)
+
+        await self._ask(checks, bare if mode == "never" else free, read)
         if mode == "adaptive":
             unclear = [check for check in checks if isinstance(check.error, VerdictError)]
             for check in unclear:
@@ -514,6 +563,14 @@ class Guard:
             part=check.part,
             latency_ms=latency,
         )
+
+
+def _categories(check: _Check) -> tuple[Category, ...]:
+    return () if check.error is not None else check.policy.for_kind(check.content.kind).categories
+
+
+def _named(labels: Mapping[str, Label]) -> str:
+    return " or ".join(dict.fromkeys(word.strip() for word in labels))
 
 
 def _key(content: Content) -> bytes:

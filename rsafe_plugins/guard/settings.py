@@ -47,7 +47,9 @@ class GuardSettings(BaseSettings):
         on_error: What a failed check does: `block`, `allow`, or `raise`.
         cache: Seconds for which a verdict is kept for the same content, at most 10,000 of them; 0 keeps none.
             The same content checked twice at once is judged once either way.
-        template: A prompt template file; None for the built-in one.
+        dialect: How the guard model is asked and answers: a name such as `llama-guard`, or a dialect file's path.
+            None guesses from the model's name.
+        template: A prompt template file; None for the dialect's own.
     """
 
     model_config = SettingsConfigDict(
@@ -63,6 +65,7 @@ class GuardSettings(BaseSettings):
     timeout: float = Field(default=60.0, gt=0)
     on_error: OnError = "block"
     cache: float = Field(default=0.0, ge=0)
+    dialect: str | None = None
     template: Path | None = None
 
     @field_validator("threshold")

@@ -19,8 +19,8 @@ def guard_from_config(config: RailsConfig) -> Guard:
 
     Args:
         config: Its `custom_data["rsafe"]` holds `GuardSettings` by name; in a config made in Python also a
-            `Guard`. Without it the guard has the default settings. Relative paths of a policy, a template or a
-            threshold's file are looked up in the config's folder, then in the working directory.
+            `Guard`. Without it the guard has the default settings. Relative paths of a policy, a template, a
+            dialect or thresholds are looked up in the config's folder, then in the working directory.
 
     Raises:
         SettingsError: A setting is unknown or can't be used; the message names it.
@@ -33,7 +33,7 @@ def guard_from_config(config: RailsConfig) -> Guard:
     if not isinstance(given, Mapping | None):
         raise SettingsError(f"custom_data.{KEY} must be a mapping of settings, not {type(given).__name__}.")
     values = {str(name): value for name, value in (given or {}).items()}
-    for name in ("policy", "template", "threshold"):
+    for name in ("policy", "template", "threshold", "dialect"):
         if isinstance(value := values.get(name), str) and config.config_path:
             beside = Path(config.config_path) / value
             values[name] = beside if beside.is_file() else value

@@ -33,6 +33,12 @@ def test_the_answer_begins_at_the_end() -> None:
     assert template.render(CHAT[1:]) == '<s>[user] "Hi"[assistant]\n'
 
 
+def test_arguments_reach_the_template_and_cannot_replace_the_chat() -> None:
+    template = ChatTemplate("{{ guideline }} {{ messages[0].content }}{{ add_generation_prompt }}")
+    given = {"guideline": "No theft.", "messages": [], "add_generation_prompt": False}
+    assert template.render(CHAT[1:], given) == "No theft. HiTrue"
+
+
 def test_rendering_agrees_with_transformers() -> None:
     from transformers.utils import chat_template_utils as utils
 

@@ -1,0 +1,67 @@
+"""Granite Guardian 3.3 and 4.1: yes or no to criteria, with or without a thought.
+
+Form: the card of ibm-granite/granite-guardian-4.1-8b on Hugging Face. The criteria follow the conversation, in a
+message with a `<guardian>` block. The instructions in it are ours; for IBM's own, write a dialect file.
+"""
+
+from __future__ import annotations
+
+import re
+from types import MappingProxyType
+
+from rsafe_plugins.backends.base import Message
+from rsafe_plugins.guard.content import Content
+from rsafe_plugins.guard.dialects.base import Dialect, Thought, conversation, description
+from rsafe_plugins.guard.neutralize import neutralize
+from rsafe_plugins.guard.prompt import Thinking
+from rsafe_plugins.policy import Policy
+
+_SUBJECTS = {
+    "prompt": "the last user's text",
+    "response": "the last assistant's text",
+    "document": "the document",
+    "tool_call": "the tool call",
+    "tool_result": "the tool's result",
+}
+
+
+class GraniteGuardian(Dialect):
+    """It judges by the user's policy, all of it in one question."""
+
+    name = "granite-guardian"
+    models = re.compile(r"granite[-_\d.]*guardian", re.IGNORECASE)
+    labels = MappingProxyType({"no": "safe", "yes": "unsafe", " no": "safe", " yes": "unsafe"})
+    mode_in_prompt = True
+    begin = "<think>\n</think>\n<score>"
+    thought = Thought("<think>", "</think>", "\n<score>")
+    form = re.compile(
+        r"(?:<think>(?P<thought>(?:(?!</?think>).)*)</think>\s*)?<score>\s*(?P<label>yes|no)\s*</score>",
+        re.DOTALL,
+    )
+    expects = "a score of yes or no in its tags, after a closed thought if there is one"
+
+    def messages(self, policy: Policy, content: Content, thinking: Thinking = "open") -> tuple[Message, ...]:
+        """The conversation, then the criteria."""
+        policy = policy.for_kind(content.kind)
+        if content.kind in ("prompt", "response"):
+            chat = conversation(content)
+        else:
+            title = {"document": "Document", "tool_call": "Tool call", "tool_result": "Tool result"}[
+                content.kind
+            ]
+            named = f" ({content.context})" if content.context else ""
+            chat = (Message("user", neutralize(f"{title}{named}: {content.text}")),)
+        subject = _SUBJECTS[content.kind]
+        mode = "no-think" if thinking == "skip" else "think"
+        block = (
+            f"<guardian><{mode}>Judge {subject} of the conversation by the criteria below. "
+            + (
+                "Answer at once, with empty <think> tags and the score in <score> tags."
+                if thinking == "skip"
+                else "Reason inside <think></think> tags, then give the score in <score></score> tags."
+            )
+            + f"\n\n### Criteria: {subject[0].upper()}{subject[1:]} asks for, gives or does what one of these "
+            f"categories covers.\n{description(policy)}\n\n"
+            f"### Scoring Schema: If {subject} meets the criteria, return 'yes'; otherwise, return 'no'."
+        )
+        return (*chat, Message("user", block))
