@@ -63,7 +63,7 @@ def show(name: str, value: str) -> None:
 def main() -> None:
     contents = prompts()
     cold_start()  # fetches the weights and merges the adapter into them, where that hasn't been done
-    for saved in cache_folder().glob("*.prefix"):
+    for saved in (cache_folder() / "prefixes").glob("*.prefix"):
         saved.unlink()
     show("cold start to the first verdict, of a new policy", f"{cold_start():.2f} s")
     show("the same later, median of 3", f"{statistics.median(cold_start() for _ in range(3)):.2f} s")

@@ -267,7 +267,7 @@ class WarmStart:
         self._run = {
             **asdict(settings),
             "base": str(base),
-            "adapter": str(adapter),
+            "adapter": str(adapter) if adapter else None,
             "template": prompt.digest,
             "processes": self.processes,
             **(run or {}),

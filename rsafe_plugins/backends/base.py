@@ -40,7 +40,8 @@ class Request:
         stop: Generation ends before any of these strings; the string itself is not part of the text.
         candidates: Continuations whose log-probabilities are wanted instead of text. No candidate is a
             prefix of another, so their probabilities sum to at most 1.
-        template_args: What the model's chat template is given beside the messages.
+        template_args: What the model's chat template is given beside the messages; a template that has no use
+            for them is an error.
     """
 
     messages: tuple[Message, ...]
@@ -100,6 +101,8 @@ class Backend(abc.ABC):
             generates and parses strictly.
         supports_prefill: Whether the engine can continue a begun assistant message.
         prefill_is_message: Whether it is given that as a message of the chat, so that a chat template sees it.
+        takes_template_args: Whether `Request.template_args` reach the chat template for certain. Some servers
+            pass them over in silence.
         concurrency: How many requests the engine works on at once.
         closed: Whether `aclose` was called.
     """
@@ -108,6 +111,7 @@ class Backend(abc.ABC):
     supports_candidates: bool = True
     supports_prefill: bool = True
     prefill_is_message: bool = False
+    takes_template_args: bool = True
     concurrency: int = 64
     closed: bool = False
 

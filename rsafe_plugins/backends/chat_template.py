@@ -53,15 +53,22 @@ class ChatTemplate:
             BackendError: The template refuses this chat, for instance because it knows no system role.
         """
         chat = [{"role": message.role, "content": message.content} for message in messages]
+        given = {"tools": None, "documents": None, "messages": chat, "add_generation_prompt": True}
         try:
-            return self._template.render(
-                {"tools": None, "documents": None, **args, "messages": chat, "add_generation_prompt": True}
-            )
+            prompt = self._template.render({**args, **given})
+            if args and prompt == self._template.render(given):
+                raise BackendError(unused(args))
+            return prompt
         except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError) as error:
             raise BackendError(
                 f"The model's chat template refuses a chat of the roles {[m.role for m in messages]} "
                 f"({type(error).__name__})."
             ) from error
+
+
+def unused(args: Mapping[str, Any]) -> str:
+    """What to say where a chat template makes nothing of what it was given."""
+    return f"The model's chat template has no use for {' and '.join(args)}: the model isn't of this dialect."
 
 
 def _refuse(message: str) -> NoReturn:

@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 
 from rsafe_plugins.backends.base import Request
+from rsafe_plugins.backends.chat_template import unused
 from rsafe_plugins.backends.tokens import Tokens, check_text, common_length
 from rsafe_plugins.errors import BackendError, InputTooLong
 
@@ -88,11 +89,11 @@ def encode(tokenizer: Any, request: Request, context: int) -> Encoded:
 def _render(tokenizer: Any, request: Request) -> str:
     chat = [{"role": message.role, "content": message.content} for message in request.messages]
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=True, **request.template_args
-            )
-        )
+        plain = {"conversation": chat, "tokenize": False, "add_generation_prompt": True}
+        prompt = str(tokenizer.apply_chat_template(**plain, **request.template_args))
+        if request.template_args and prompt == str(tokenizer.apply_chat_template(**plain)):
+            raise BackendError(unused(request.template_args))
+        return prompt
     except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError) as error:
         raise BackendError(
             f"The model's chat template refuses a chat of the roles {[m.role for m in request.messages]} "

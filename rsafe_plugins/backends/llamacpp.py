@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import math
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from types import EllipsisType, MappingProxyType
 
@@ -126,16 +126,18 @@ class LlamaCppBackend(Backend):
                     model = embedded_weights()
                     if adapter is not None:
                         model, adapter = merged_weights(model, adapter, cache_folder()), None
+                states = None
+                if self._model is None:
+                    states = cache_folder() / "prefixes"
+                    self._prefixes = SavedPrefixes(states, model.name)
                 self._server = LlamaServer(
                     model,
                     adapter,
                     context=self._context,
                     slots=self.concurrency,
                     threads=self._threads or available_cores(),
-                    states=cache_folder() if self._model is None else None,
+                    states=states,
                 )
-                if self._model is None:
-                    self._prefixes = SavedPrefixes(cache_folder(), model.name)
             return self._server
 
     def _stop(self) -> None:
@@ -147,45 +149,62 @@ class LlamaCppBackend(Backend):
         loop = asyncio.get_running_loop()
         if self._gate is None or self._gate.loop is not loop:
             # One request more than there are slots keeps the engine busy while Python reads an answer.
-            self._gate = _Gate(loop, asyncio.Semaphore(self.concurrency + 1), asyncio.Lock())
+            self._gate = _Gate(loop, self.concurrency + 1)
         return self._gate
 
 
-@dataclass(frozen=True, slots=True)
 class _Gate:
-    """What the requests of one event loop pass: so many at once, and one at a time where a prefix is new."""
+    """What the requests of one event loop pass: so many at once, or one alone."""
 
-    loop: asyncio.AbstractEventLoop
-    places: asyncio.Semaphore
-    new_prefix: asyncio.Lock
+    def __init__(self, loop: asyncio.AbstractEventLoop, places: int) -> None:
+        self.loop = loop
+        self.places = asyncio.Semaphore(places)
+        self._count = places
+        self._lock = asyncio.Lock()
+
+    @contextlib.asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Waits for all that are inside to leave, and lets nobody in."""
+        taken = 0
+        async with self._lock:
+            try:
+                for _ in range(self._count):
+                    await self.places.acquire()
+                    taken += 1
+                yield
+            finally:
+                for _ in range(taken):
+                    self.places.release()
 
 
 async def _answer(
     server: LlamaServer, gate: _Gate, prefixes: SavedPrefixes | None, request: Request
 ) -> Completion | BackendError:
-    async with gate.places:
-        try:
-            prompt = server.template.render(request.messages, request.template_args) + request.prefill
+    try:
+        prompt = server.template.render(request.messages, request.template_args) + request.prefill
+        if prefixes is not None:
+            await _warm(server, gate, prefixes, request.messages[0], prompt)
+        async with gate.places:
             tokens = await _tokenize(server, prompt)
-            if prefixes is not None:
-                async with gate.new_prefix:
-                    await _warm(server, prefixes, request.messages[0], prompt, tokens)
             if request.candidates:
                 return await _score(server, request, prompt, tokens)
             return await _generate(server, request, tokens)
-        except BackendError as error:
-            return error
+    except BackendError as error:
+        return error
 
 
 async def _warm(
-    server: LlamaServer, prefixes: SavedPrefixes, message: Message, prompt: str, tokens: Tokens
+    server: LlamaServer, gate: _Gate, prefixes: SavedPrefixes, message: Message, prompt: str
 ) -> None:
     static = message.content[: message.static]
     begin = prompt.find(static)
     if not static or begin < 0 or prefixes.knows(static):
         return
-    head = await _tokenize(server, prompt[: begin + len(static)])
-    await prefixes.warm(server, static, tokens[: common_length(head, tokens)])
+    async with gate.alone():
+        if not prefixes.knows(static):
+            head = await _tokenize(server, prompt[: begin + len(static)])
+            tokens = await _tokenize(server, prompt)
+            await prefixes.warm(server, static, tokens[: common_length(head, tokens)])
 
 
 async def _generate(server: LlamaServer, request: Request, tokens: Tokens) -> Completion:

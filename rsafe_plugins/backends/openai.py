@@ -100,7 +100,7 @@ class OpenAIBackend(Backend):
         self._given_model = model
         self.model = model or urllib.parse.urlsplit(self._urls[0]).netloc
         self.supports_candidates = self.supports_prefill = False
-        self.prefill_is_message = True
+        self.prefill_is_message, self.takes_template_args = True, False
         self.concurrency = concurrency
         self._queue = queue
         self._timeout = timeout
@@ -647,11 +647,6 @@ def _body(request: Request, skills: _Skills, top: int = 0) -> dict[str, Any]:
         messages.append({"role": "assistant", "content": _Unshown(request.prefill)})
         if skills.flags:
             body["extra_body"] = {"continue_final_message": True, "add_generation_prompt": False}
-    if request.template_args:
-        body["extra_body"] = {
-            **body.get("extra_body", {}),
-            "chat_template_kwargs": dict(request.template_args),
-        }
     if top:
         body |= {"logprobs": True, "top_logprobs": top}
     return body

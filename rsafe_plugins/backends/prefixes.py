@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import os
 import secrets
+import time
 from pathlib import Path
 
 from cachetools import LRUCache
@@ -22,6 +23,7 @@ from rsafe_plugins.errors import BackendError
 MOST_KEPT = 4
 _SHORTEST = 128  # tokens; fewer are computed faster than looked for
 _REMEMBERED = 64  # beginnings known to be in memory or on disk
+_ABANDONED = 600.0  # seconds
 _ALIKE = 0.8  # of a beginning that is served by another one, the cache's own sharing is enough
 
 
@@ -31,12 +33,18 @@ class SavedPrefixes:
     Nothing here fails: what can't be read is computed, and what can't be written is computed again next time.
 
     Args:
-        folder: Where they are kept; the server must have been started with it.
+        folder: Where they are kept, for this user alone; the server must have been started with it.
         model: The model's file name.
     """
 
     def __init__(self, folder: Path, model: str) -> None:
         self._folder = folder
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            for left in folder.glob("*.part"):
+                # Of a process that was killed; a living one needs some milliseconds.
+                if time.time() - left.stat().st_mtime > _ABANDONED:
+                    left.unlink(missing_ok=True)
         self._model = f"{model}, xllamacpp {importlib.metadata.version('xllamacpp')}"
         self._warm: LRUCache[str, Tokens] = LRUCache(_REMEMBERED)
         self._is_fresh = True
@@ -49,7 +57,7 @@ class SavedPrefixes:
         """Has the server hold the state after these tokens: read where it was saved, else computed and saved.
 
         Args:
-            server: A server for that model.
+            server: A server for that model, which must get no other request meanwhile: what it holds is saved.
             text: A beginning that many prompts share.
             tokens: Its tokens.
         """
@@ -72,7 +80,6 @@ class SavedPrefixes:
             await server.ask("/completion", {"prompt": tokens, "n_predict": 0, "id_slot": 0})
             answer = await server.ask("/slots/0?action=save", {"filename": part.name})
             if answer.get("n_saved") == len(tokens):
-                part.chmod(0o600)
                 part.replace(path)
         finally:
             part.unlink(missing_ok=True)

@@ -242,6 +242,4 @@ def _closed() -> BackendUnavailable:
 
 def _failure(error: BaseException) -> BackendError:
     # The engine's own message may quote what it was asked, so only its kind is passed on.
-    failure = BackendError(f"The transformers engine failed with {type(error).__name__}.")
-    failure.__cause__ = error
-    return failure
+    return BackendError(f"The transformers engine failed with {type(error).__name__}.")

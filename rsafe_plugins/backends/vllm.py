@@ -83,19 +83,7 @@ class VLLMBackend(Backend):
         Raises:
             BackendUnavailable: It can't be started; a later call tries again.
         """
-        with self._lock:
-            if self.closed:
-                raise _closed()
-            if self._running is None or (self._running.ready.done() and self._running.ready.exception()):
-                self._running = _Running(self._arguments, self._adapter, self.concurrency)
-            running = self._running
-        if running.pid != os.getpid():
-            raise BackendUnavailable(
-                "This VLLMBackend was started before its process was forked, and its thread doesn't survive that: "
-                "make a new one in the child."
-            )
-        # Others wait for it too, so that one caller's cancellation must not reach it.
-        await asyncio.shield(asyncio.wrap_future(running.ready))
+        await self._started()
 
     async def complete(self, requests: Sequence[Request]) -> list[Completion | BackendError]:
         """Answers each request, in order.
@@ -106,9 +94,7 @@ class VLLMBackend(Backend):
         Raises:
             BackendUnavailable: vLLM can't be started, or the backend was closed.
         """
-        await self.start()
-        running = self._running
-        assert running is not None
+        running = await self._started()
         return list(await asyncio.gather(*(running.answer(request) for request in requests)))
 
     async def aclose(self) -> None:
@@ -119,14 +105,35 @@ class VLLMBackend(Backend):
         if running is not None:
             await asyncio.to_thread(running.stop)
 
+    async def _started(self) -> _Running:
+        with self._lock:
+            if self.closed:
+                raise _closed()
+            before = self._running
+            if before is not None and before.pid != os.getpid():
+                raise BackendUnavailable(
+                    "This VLLMBackend was started before its process was forked, and its thread doesn't survive that: "
+                    "make a new one in the child."
+                )
+            if before is None or before.is_broken:
+                self._running = _Running(self._arguments, self._adapter, self.concurrency)
+            running = self._running
+        assert running is not None
+        if before is not None and before is not running:
+            await asyncio.to_thread(before.stop)
+        # Others wait for it too, so that one caller's cancellation must not reach it.
+        await asyncio.shield(asyncio.wrap_future(running.ready))
+        return running
+
 
 class _Running:
     """An engine and the event loop that it belongs to, in a thread of its own: callers may have any loop."""
 
     def __init__(self, arguments: Mapping[str, Any], adapter: str | Path | None, concurrency: int) -> None:
-        self._arguments, self._adapter, self._concurrency = arguments, adapter, concurrency
+        self._arguments, self._adapter = arguments, adapter
         self.pid = os.getpid()
         self._numbers = itertools.count()
+        self._lock = threading.Lock()
         self._stopped = False
         self._engine: Any = None
         self._tokenizer: Any = None
@@ -134,61 +141,102 @@ class _Running:
         self._lora: Any = None
         self._places = asyncio.Semaphore(concurrency)
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="rsafe-vllm", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="rsafe-vllm", daemon=True)
         self._thread.start()
         self.ready = asyncio.run_coroutine_threadsafe(self._load(), self._loop)
         self.ready.add_done_callback(self._give_up)
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether the engine couldn't be started, or died."""
+        if not self.ready.done():
+            return False
+        failed = self.ready.cancelled() or self.ready.exception() is not None
+        return failed or bool(self._engine.errored)
+
     async def answer(self, request: Request) -> Completion | BackendError:
         """What the engine answers; awaited on any loop, and dropped in the engine when cancelled."""
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._answer(request), self._loop))
+        with self._lock:
+            if self._stopped:
+                return _closed()
+            answer = asyncio.run_coroutine_threadsafe(self._answer(request), self._loop)
+        try:
+            return await asyncio.wrap_future(answer)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._stopped and task is not None and not task.cancelling():
+                return _closed()
+            raise
 
     def stop(self) -> None:
-        """Ends the engine, its processes and the thread."""
-        self._stopped = True
-        if self.ready.exception() is None:
-            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
-            self._loop.call_soon_threadsafe(self._loop.stop)
+        """Ends the engine, its processes and the thread; does nothing in a forked child."""
+        if self.pid != os.getpid():
+            return
+        with self._lock:
+            stopped, self._stopped = self._stopped, True
+            if not stopped:
+                self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        self._loop.close()
 
     def _give_up(self, ready: Future[None]) -> None:
-        if ready.exception() is not None:
-            self._loop.call_soon_threadsafe(self._loop.stop)
+        """Ends the thread of an engine that couldn't be started."""
+        if ready.cancelled() or ready.exception() is not None:
+            with self._lock:
+                stopped, self._stopped = self._stopped, True
+                if not stopped:
+                    self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _run(self) -> None:
+        while not self._stopped:
+            # An engine's own task may exit, which ends the loop; the requests of everybody else go on.
+            with contextlib.suppress(KeyboardInterrupt, SystemExit):
+                self._loop.run_forever()
+        try:
+            self._shut_down()
+            while tasks := asyncio.all_tasks(self._loop):
+                for task in tasks:
+                    task.cancel()
+                self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        finally:
+            self._loop.close()
+
+    def _shut_down(self) -> None:
+        if self._engine is not None:
+            with contextlib.suppress(Exception):
+                self._engine.shutdown()
 
     async def _load(self) -> None:
         try:
-            from vllm import AsyncEngineArgs
-            from vllm.lora.request import LoRARequest
-            from vllm.v1.engine.async_llm import AsyncLLM
-        except ImportError as error:
-            raise BackendUnavailable(_MISSING) from error
-        try:
-            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._arguments))
-            self._tokenizer = self._engine.get_tokenizer()
-            self._context = int(self._engine.model_config.max_model_len)
-        except TypeError as error:
-            raise BackendUnavailable(f"vLLM refuses an engine argument ({_first_line(error)}).") from error
-        except Exception as error:
+            self._make_engine()
+        except BaseException as error:
+            self._shut_down()
+            if isinstance(error, BackendError | asyncio.CancelledError):
+                raise
+            if isinstance(error, ImportError):
+                raise BackendUnavailable(_MISSING) from error
+            if isinstance(error, TypeError):
+                raise BackendUnavailable(
+                    f"vLLM refuses an engine argument ({_first_line(error)})."
+                ) from error
             raise BackendUnavailable(
                 f"vLLM can't start with {self._arguments['model']} ({type(error).__name__}: {_first_line(error)})."
             ) from error
+
+    def _make_engine(self) -> None:
+        from vllm import AsyncEngineArgs
+        from vllm.lora.request import LoRARequest
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._arguments))
+        self._tokenizer = self._engine.get_tokenizer()
+        self._context = int(self._engine.model_config.max_model_len)
         if getattr(self._tokenizer, "chat_template", None) is None:
-            self._engine.shutdown()
             raise BackendUnavailable(
                 f"{self._arguments['model']} comes without a chat template, so it can't be asked as a chat: use an "
                 "instruction-tuned model, or set chat_template in its tokenizer_config.json."
             )
         if self._adapter is not None:
             self._lora = LoRARequest("rsafe", 1, str(self._adapter))
-
-    async def _end(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        if self._engine is not None:
-            await asyncio.to_thread(self._engine.shutdown)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _answer(self, request: Request) -> Completion | BackendError:
         try:
@@ -203,14 +251,13 @@ class _Running:
             if self._stopped:
                 return _closed()
             raise
-        except Exception as error:
+        except BaseException as error:
             if self._stopped:
                 return _closed()
-            # The engine's own message may quote what it was asked, so only its kind is passed on.
-            kind = BackendUnavailable if self._engine.errored else BackendError
-            failure = kind(f"vLLM failed with {type(error).__name__}.")
-            failure.__cause__ = error
-            return failure
+            # The engine's own message may quote what it was asked, so only its kind is passed on, and no cause.
+            if self._engine.errored:
+                return BackendUnavailable("vLLM's engine died; the next request starts it anew.")
+            return BackendError(f"vLLM failed with {type(error).__name__}.")
 
     async def _generate(self, encoded: Encoded) -> Completion:
         request = encoded.request
@@ -250,7 +297,7 @@ class _Running:
         )
         async with contextlib.aclosing(outputs):
             async for output in outputs:
-                if output.finished and output.outputs[0].finish_reason != "abort":
+                if output.finished and output.outputs[0].finish_reason in ("stop", "length"):
                     return output
         raise BackendError("vLLM ended a request without an answer.")
 

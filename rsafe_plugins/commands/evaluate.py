@@ -32,7 +32,6 @@ COLUMNS = {
 }
 
 GUARD_FAILED = 3
-_MODES = ("never", "always")
 
 
 @click.command("eval")
@@ -125,9 +124,12 @@ def _fit(
     if settings["reasoning"] is not None:
         raise click.UsageError("--fit judges both ways; leave --reasoning out.")
     items = [item for part in sets.values() for item in part]
-    modes = {mode: _guards(policy, document_policy, {**settings, "reasoning": mode}) for mode in _MODES}
+    modes = {"never": _guards(policy, document_policy, {**settings, "reasoning": "never"})}
+    if modes["never"][False].dialect.thought is not None:
+        modes["always"] = _guards(policy, document_policy, {**settings, "reasoning": "always"})
     with _progress() as progress:
-        bare, thought = (_judge(progress, mode, items, modes[mode], verdicts) for mode in _MODES)
+        judged = [_judge(progress, mode, items, guards, verdicts) for mode, guards in modes.items()]
+    bare, thought = judged[0], judged[-1]
     points: dict[str, OperatingPoint] = {}
     lines = []
     for guard in modes["never"].values():

@@ -42,6 +42,9 @@ _START_SECONDS = 900.0
 _LARGE = 50_000
 
 
+_FORGOTTEN = Content.prompt("")
+
+
 @dataclass(slots=True)
 class _Check:
     """One content on its way to a verdict."""
@@ -57,6 +60,10 @@ class _Check:
     usage: Usage = field(default_factory=Usage)
     part: Span | None = None
 
+    def forget(self) -> None:
+        """Drops what was judged, so that a verdict that is kept doesn't keep it."""
+        self.content, self.messages = _FORGOTTEN, ()
+
     def take_worst(self, parts: Sequence[_Check]) -> None:
         """The verdict of the unsafe part with the highest probability; without one, of a part that failed."""
 
@@ -64,7 +71,8 @@ class _Check:
             return part.label == "unsafe", part.error is not None, part.score or 0.0
 
         worst = max(parts, key=badness)
-        self.label, self.score, self.error, self.part = worst.label, worst.score, worst.error, worst.part
+        self.label, self.score, self.error = worst.label, worst.score, worst.error
+        self.part = worst.part or self.part
         self.thought, self.conclusion = worst.thought, worst.conclusion
         self.usage = sum((part.usage for part in parts), self.usage)
 
@@ -117,7 +125,6 @@ class Guard:
         dialect: str | Path | None = None,
         template: str | Path | None = None,
     ) -> None:
-        dialect = str(dialect) if dialect is not None else None
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         self._set_up(GuardSettings.read(given))
 
@@ -209,7 +216,8 @@ class Guard:
 
     def _seconds(self, checks: int) -> float:
         """What a batch may take: the timeout of one check for each round of the engine."""
-        return self.settings.timeout * math.ceil(checks / self.backend.concurrency)
+        each = len(self.policy.categories) if self.dialect.one_category else 1
+        return self.settings.timeout * math.ceil(checks * each / self.backend.concurrency)
 
     async def _judge(self, checks: list[_Check]) -> list[_Check]:
         """Decides the checks, within the time that they have; a content that is too long is decided in parts."""
@@ -217,7 +225,7 @@ class Guard:
         seconds = self._seconds(len(checks))
         try:
             async with asyncio.timeout(seconds):
-                failure = failure or await self._engine(self.backend.prepare())
+                failure = failure or await self._engine(self.backend.prepare()) or self._unfit_engine()
                 if isinstance(failure, BackendError):
                     for check in checks:
                         check.error = check.error or failure
@@ -227,7 +235,26 @@ class Guard:
         except TimeoutError:
             for check in checks:
                 self._time_out(check, seconds)
+        for check in checks:
+            check.forget()
         return checks
+
+    def _unfit_engine(self) -> BackendError | None:
+        """What keeps this engine from being asked in this dialect, as is known once it is prepared."""
+        if self.settings.dialect is None and self.settings.template is None:
+            # A server may have said its model's name only now.
+            guessed = dialect_of(None, None, self.backend.model).name
+            if guessed != self.dialect.name:
+                return BackendError(
+                    f"The model is {self.backend.model}, of the dialect {guessed}, and the guard was set up for "
+                    f"{self.dialect.name}: set dialect, or name the model in the backend string."
+                )
+        if self.dialect.one_category and not self.backend.takes_template_args:
+            return BackendError(
+                f"This engine can't be asked in the dialect {self.dialect.name}, whose chat template must be given "
+                "each category: run the model in process, with llamacpp, transformers or vllm."
+            )
+        return None
 
     async def _start_engine(self) -> object:
         # Not counted: fetching the weights takes its own time. But a download that stands, or another process
@@ -460,14 +487,19 @@ class Guard:
         def bare(check: _Check) -> Request:
             messages = self.dialect.messages(check.policy, check.content, "skip")
             arguments = self.dialect.template_args(check.policy, check.content)
-            return Request(messages=messages, template_args=arguments, max_tokens=self.dialect.answer_tokens)
+            return Request(
+                messages=messages,
+                template_args=arguments,
+                max_tokens=self.dialect.answer_tokens,
+                stop=self.dialect.stop,
+            )
 
         def free(check: _Check) -> Request:
             budget = self.settings.max_reasoning_tokens + self.dialect.answer_tokens
-            return self._request(check, max_tokens=budget, thinking=True)
+            return self._request(check, max_tokens=budget, stop=self.dialect.stop, thinking=True)
 
         await self._ask(checks, bare if mode == "never" else free, read)
-        if mode == "adaptive":
+        if mode == "adaptive" and (self.dialect.thought or self.dialect.mode_in_prompt):
             unclear = [check for check in checks if isinstance(check.error, VerdictError)]
             for check in unclear:
                 check.error = None
@@ -534,10 +566,8 @@ class Guard:
             return self._failure(error)
 
     def _failure(self, error: BaseException) -> BackendError:
-        # An engine's own message may quote what it was asked, so only its kind is passed on.
-        failure = BackendError(f"The engine {self.backend.model} failed with {type(error).__name__}.")
-        failure.__cause__ = error
-        return failure
+        # An engine's own message may quote what it was asked, so only its kind is passed on, and no cause.
+        return BackendError(f"The engine {self.backend.model} failed with {type(error).__name__}.")
 
     def _verdict(self, check: _Check, latency: float, *, cached: bool) -> Verdict:
         if check.error is None and check.label is None:

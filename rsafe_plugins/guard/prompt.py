@@ -46,12 +46,14 @@ class GuardPrompt:
             `conversation`, with a line for each turn, which must stand in it exactly once; or `turns` (each with
             `title`, such as User, Agent or Tool result, `name` of the tool, and `text`) for another form. What it
             makes is one user message.
+        delimiters: What content can't write beside the template's own tags, such as what an answer begins with.
 
     Raises:
         TemplateError: The file can't be read, isn't a Jinja template, or doesn't hold the conversation once.
     """
 
-    def __init__(self, template: str | Path | None = None) -> None:
+    def __init__(self, template: str | Path | None = None, delimiters: tuple[str, ...] = ()) -> None:
+        self._more_delimiters = delimiters
         self.source = str(template) if template is not None else "the built-in template"
         self._text = _read(template)
         environment = SandboxedEnvironment(
@@ -73,7 +75,7 @@ class GuardPrompt:
     @cached_property
     def delimiters(self) -> tuple[str, ...]:
         """The tags that structure this template; content can't write them."""
-        return tuple(sorted(set(_DELIMITER.findall(self._text))))
+        return tuple(sorted({*_DELIMITER.findall(self._text), *self._more_delimiters}))
 
     def messages(self, policy: Policy, content: Content, thinking: Thinking = "open") -> tuple[Message, ...]:
         """The chat for one content under those categories of the policy that apply to its kind.

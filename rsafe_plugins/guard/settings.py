@@ -65,7 +65,7 @@ class GuardSettings(BaseSettings):
     timeout: float = Field(default=60.0, gt=0)
     on_error: OnError = "block"
     cache: float = Field(default=0.0, ge=0)
-    dialect: str | None = None
+    dialect: str | Path | None = None
     template: Path | None = None
 
     @field_validator("threshold")

@@ -39,6 +39,11 @@ def test_arguments_reach_the_template_and_cannot_replace_the_chat() -> None:
     assert template.render(CHAT[1:], given) == "No theft. HiTrue"
 
 
+def test_arguments_that_the_template_has_no_use_for_are_an_error() -> None:
+    with pytest.raises(BackendError, match="has no use for guideline"):
+        ChatTemplate(ALTERNATING).render(CHAT[1:], {"guideline": "No theft."})
+
+
 def test_rendering_agrees_with_transformers() -> None:
     from transformers.utils import chat_template_utils as utils
 

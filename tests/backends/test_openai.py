@@ -380,19 +380,6 @@ async def test_candidates_that_the_model_would_never_say_are_an_error() -> None:
     assert "must not be empty" in str(empty)
 
 
-async def test_a_chat_template_is_given_its_arguments() -> None:
-    async with running(Chat()) as (server, backend):
-        await backend.prepare()
-        await only(backend, ask("Hi", template_args={"guideline": "No theft."}))
-        await only(
-            backend, ask("Hi", prefill=BOX, candidates=LABELS, template_args={"guideline": "No theft."})
-        )
-
-    assert server.requests[-1]["chat_template_kwargs"] == {"guideline": "No theft."}
-    assert server.requests[-1]["continue_final_message"] is True
-    assert sum("chat_template_kwargs" in request for request in server.requests) >= 2
-
-
 @pytest.mark.parametrize(
     ("chat", "prefill", "candidates"),
     [

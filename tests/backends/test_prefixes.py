@@ -55,7 +55,7 @@ def checked(text: str = SECRET, policy: Policy = RULES) -> Verdict:
 
 
 def saved(cache: Path) -> list[Path]:
-    return sorted(cache.glob("*.prefix*"))
+    return sorted((cache / "prefixes").glob("*"))
 
 
 def test_a_second_process_begins_where_the_policy_ends_and_says_the_same(cache: Path) -> None:
@@ -91,8 +91,9 @@ def test_another_policy_does_not_take_it(cache: Path) -> None:
 
 
 def test_few_are_kept_and_those_used_last(cache: Path) -> None:
+    (cache / "prefixes").mkdir()
     for number in range(MOST_KEPT + 3):
-        (cache / f"{number}.prefix").touch()
+        (cache / "prefixes" / f"{number}.prefix").touch()
     checked()
     kept = saved(cache)
     assert len(kept) == MOST_KEPT

@@ -133,6 +133,14 @@ def test_a_verdict_that_runs_out_between_two_looks_is_judged_again(monkeypatch: 
     assert len(backend.requests) == 2
 
 
+def test_what_is_kept_holds_nothing_of_what_was_judged() -> None:
+    guard = Guard(backend=ScriptedBackend(SAFE), cache=60)
+    guard.check("SECRET")
+    kept = guard._flights._kept
+    assert kept
+    assert "SECRET" not in repr(dict(kept))
+
+
 def test_two_guards_do_not_share_verdicts() -> None:
     backend = ScriptedBackend(SAFE)
     Guard(backend=backend, cache=60).check("x")

@@ -22,7 +22,7 @@ DIALECTS: dict[str, type[Dialect]] = {
 }
 
 
-def dialect_of(name: str | None, template: str | Path | None, model: str) -> Dialect:
+def dialect_of(name: str | Path | None, template: str | Path | None, model: str) -> Dialect:
     """The dialect that a guard speaks with its model.
 
     Args:
@@ -37,6 +37,7 @@ def dialect_of(name: str | None, template: str | Path | None, model: str) -> Dia
     if name is None:
         guessed = next((kind for kind in DIALECTS.values() if kind.models.search(model)), RSafe)
         name = "rsafe" if template is not None else guessed.name
+    name = str(name)
     if name == "rsafe":
         return RSafe(template)
     if name in DIALECTS:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import abc
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, ClassVar
 
 from rsafe_plugins.backends.base import Message
@@ -50,6 +51,8 @@ class Dialect(abc.ABC):
         one_category: Whether the model is asked for one category at a time.
         mode_in_prompt: Whether the prompt itself says if the model shall think.
         answer_tokens: Room for an answer without its thought.
+        stop: What ends an answer that is generated.
+        delimiters: What structures the prompt and the answer; content can't write it.
     """
 
     name: str
@@ -64,6 +67,13 @@ class Dialect(abc.ABC):
     one_category: bool = False
     mode_in_prompt: bool = False
     answer_tokens: int = 64
+    stop: tuple[str, ...] = ()
+    delimiters: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Changes where the dialect does, for those that a user can write; the others are known by name."""
+        return self.name
 
     @abc.abstractmethod
     def messages(self, policy: Policy, content: Content, thinking: Thinking = "open") -> tuple[Message, ...]:
@@ -98,10 +108,10 @@ class Dialect(abc.ABC):
         if thinking is False and thought is not None:
             raise VerdictError("Expected the bare verdict; the answer holds a thought.")
         means = {spelling.strip().casefold(): label for spelling, label in self.labels.items()}
-        named = groups.get("categories")
-        return Answer(
-            means[groups["label"].casefold()], thought, f"Categories: {named.strip()}" if named else ""
-        )
+        label, named = means[groups["label"].casefold()], (groups.get("categories") or "").strip()
+        if label == "safe" and named.strip(" .").casefold() not in ("", "none", "n/a"):
+            raise VerdictError("Expected no categories beside a safe verdict; the answer names some.")
+        return Answer(label, thought, f"Categories: {named}" if named else "")
 
 
 class ChatDialect(Dialect):
@@ -111,26 +121,40 @@ class ChatDialect(Dialect):
 
     def messages(self, policy: Policy, content: Content, thinking: Thinking = "open") -> tuple[Message, ...]:
         """The conversation itself."""
+        policy.for_kind(content.kind)
         if content.kind not in ("prompt", "response"):
             raise PolicyError(
                 f"A guard of the dialect {self.name} judges prompts and responses, not content of the kind "
                 f"{content.kind}; use another guard for that."
             )
-        return conversation(content)
+        return conversation(content, self.delimiters)
 
 
-def conversation(content: Content) -> tuple[Message, ...]:
+def conversation(content: Content, delimiters: tuple[str, ...] = ()) -> tuple[Message, ...]:
     """Prompt or response with the earlier turns as a chat, its structure neutralized."""
-    chat = [
-        Message("user" if turn.speaker == "user" else "assistant", neutralize(turn.text))
+    chat = turns(content, delimiters)
+    if content.kind == "response":
+        chat.append(Message("user", neutralize(content.context, delimiters)))
+        chat.append(Message("assistant", neutralize(content.text, delimiters)))
+    else:
+        chat.append(Message("user", neutralize(content.text, delimiters)))
+    return alternating(chat)
+
+
+def turns(content: Content, delimiters: tuple[str, ...]) -> list[Message]:
+    """The earlier turns, neutralized."""
+    return [
+        Message("user" if turn.speaker == "user" else "assistant", neutralize(turn.text, delimiters))
         for turn in content.history
     ]
-    if content.kind == "response":
-        chat.append(Message("user", neutralize(content.context)))
-        chat.append(Message("assistant", neutralize(content.text)))
-    else:
-        chat.append(Message("user", neutralize(content.text)))
-    return tuple(chat)
+
+
+def alternating(chat: Iterable[Message]) -> tuple[Message, ...]:
+    """The chat as templates demand it: the user first, then each in turn."""
+    runs = [(role, list(run)) for role, run in groupby(chat, lambda message: message.role)]
+    if runs[0][0] == "assistant":
+        runs = runs[1:]
+    return tuple(Message(role, "\n".join(message.content for message in run)) for role, run in runs)
 
 
 def description(policy: Policy) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class _Declared(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str = Field(min_length=1)
-    template: Path | None = None
+    template: Path
     begin: str = ""
     labels: dict[str, Label]
     thought: _Thought | None = None
@@ -47,7 +48,9 @@ class _Declared(BaseModel):
             raise ValueError("labels must name at least one that is safe and one that is unsafe")
         words = [word.strip().casefold() for word in self.labels]
         if not all(words) or any(
-            first != second and second.startswith(first) for first in self.labels for second in self.labels
+            second.startswith(first)
+            for place, first in enumerate(words)
+            for second in words[:place] + words[place + 1 :]
         ):
             raise ValueError("no label may be empty or the beginning of another")
         return self
@@ -57,10 +60,10 @@ class CustomDialect(Dialect):
     """The dialect of a file.
 
     Args:
-        path: A YAML file with `name`; `labels`, which says what each of the model's words means (`safe` or
-            `unsafe`); and where they are wanted `template`, a prompt template beside the file; `begin`, what the
-            answer begins with before the label; `thought` with `open` and `close`; `categories`, what the line
-            with the categories begins with.
+        path: A YAML file with `name`; `template`, a prompt template beside the file; `labels`, which says what each
+            of the model's words means (`safe` or `unsafe`); and where they are wanted `begin`, what the answer
+            begins with before the label; `thought` with `open` and `close`; `categories`, what the line with the
+            categories begins with.
         template: A prompt template in the place of the file's own.
 
     Raises:
@@ -92,8 +95,16 @@ class CustomDialect(Dialect):
         self.form = _form(declared)
         words = " or ".join(word.strip() for word in declared.labels)
         self.expects = f"{words}{f' after {declared.begin.strip()!r}' if declared.begin.strip() else ''}"
-        own = path.parent / declared.template if declared.template is not None else None
-        self.prompt = GuardPrompt(template or own)
+        thinking = declared.thought
+        marks = (declared.begin, declared.categories, *((thinking.open, thinking.close) if thinking else ()))
+        self.delimiters = tuple(filter(None, ((mark or "").strip() for mark in marks)))
+        self.prompt = GuardPrompt(template or path.parent / declared.template, self.delimiters)
+        self._declared = declared
+
+    @property
+    def digest(self) -> str:
+        """Of what the file declares; the template shows in the messages."""
+        return hashlib.sha256(self._declared.model_dump_json().encode()).hexdigest()
 
     def messages(self, policy: Policy, content: Content, thinking: Thinking = "open") -> tuple[Message, ...]:
         """One user message, from the template."""

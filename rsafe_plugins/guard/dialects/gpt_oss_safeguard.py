@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from types import MappingProxyType
+from typing import Any
 
 from rsafe_plugins.backends.base import Message
 from rsafe_plugins.errors import VerdictError
@@ -77,11 +78,12 @@ class GptOssSafeguard(Dialect):
         if found := next(filter(None, (form.fullmatch(text) for form in _THOUGHTS)), None):
             thought, text = found["thought"].strip() or None, found["answer"]
         try:
-            answer = json.loads(text)
+            answer = json.loads(text, object_pairs_hook=_once)
         except (ValueError, RecursionError):
             answer = None
         if (
             not isinstance(answer, dict)
+            or answer.keys() - {"violation", "categories"}
             or type(answer.get("violation")) is not int
             or answer["violation"] not in (0, 1)
             or not isinstance(categories := answer.get("categories", []), list)
@@ -94,3 +96,9 @@ class GptOssSafeguard(Dialect):
             thought,
             f"Categories: {', '.join(categories)}" if categories else "",
         )
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError
+    return dict(pairs)

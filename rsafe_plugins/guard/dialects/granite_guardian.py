@@ -1,4 +1,4 @@
-"""Granite Guardian 3.3 and 4.1: yes or no to criteria, with or without a thought.
+"""Granite Guardian 4.1: yes or no to criteria, with or without a thought.
 
 Form: the card of ibm-granite/granite-guardian-4.1-8b on Hugging Face. The criteria follow the conversation, in a
 message with a `<guardian>` block. The instructions in it are ours; for IBM's own, write a dialect file.
@@ -11,7 +11,14 @@ from types import MappingProxyType
 
 from rsafe_plugins.backends.base import Message
 from rsafe_plugins.guard.content import Content
-from rsafe_plugins.guard.dialects.base import Dialect, Thought, conversation, description
+from rsafe_plugins.guard.dialects.base import (
+    Dialect,
+    Thought,
+    alternating,
+    conversation,
+    description,
+    turns,
+)
 from rsafe_plugins.guard.neutralize import neutralize
 from rsafe_plugins.guard.prompt import Thinking
 from rsafe_plugins.policy import Policy
@@ -29,7 +36,17 @@ class GraniteGuardian(Dialect):
     """It judges by the user's policy, all of it in one question."""
 
     name = "granite-guardian"
-    models = re.compile(r"granite[-_\d.]*guardian", re.IGNORECASE)
+    # Version 3.3 and older ones take their criteria by their chat templates, which say nothing of others.
+    models = re.compile(r"granite4[\w.]*[-_]guardian|granite[-_]guardian[-_:]4", re.IGNORECASE)
+    delimiters = (
+        "<guardian>",
+        "</guardian>",
+        "<score>",
+        "</score>",
+        "<no-think>",
+        "### Criteria:",
+        "### Scoring Schema:",
+    )
     labels = MappingProxyType({"no": "safe", "yes": "unsafe", " no": "safe", " yes": "unsafe"})
     mode_in_prompt = True
     begin = "<think>\n</think>\n<score>"
@@ -44,13 +61,14 @@ class GraniteGuardian(Dialect):
         """The conversation, then the criteria."""
         policy = policy.for_kind(content.kind)
         if content.kind in ("prompt", "response"):
-            chat = conversation(content)
+            chat = conversation(content, self.delimiters)
         else:
             title = {"document": "Document", "tool_call": "Tool call", "tool_result": "Tool result"}[
                 content.kind
             ]
-            named = f" ({content.context})" if content.context else ""
-            chat = (Message("user", neutralize(f"{title}{named}: {content.text}")),)
+            name = " ".join(neutralize(content.context, self.delimiters).split())
+            text = f"{title}{f' ({name})' if name else ''}: {neutralize(content.text, self.delimiters)}"
+            chat = alternating([*turns(content, self.delimiters), Message("user", text)])
         subject = _SUBJECTS[content.kind]
         mode = "no-think" if thinking == "skip" else "think"
         block = (

@@ -19,8 +19,10 @@ class ShieldGemma(ChatDialect):
     name = "shieldgemma"
     models = re.compile(r"shield[-_]?gemma", re.IGNORECASE)
     labels = MappingProxyType({"Yes": "unsafe", "No": "safe"})
-    form = re.compile(r"(?P<label>Yes|No)(?:\b.*)?", re.DOTALL)
-    expects = "an answer that begins with Yes or No"
+    form = re.compile(r"(?P<label>Yes|No)[.,:;]?")
+    expects = "Yes or No"
+    stop = (".", ",", ":", ";", "\n")  # it goes on to explain
+    delimiters = ("Human Question:", "Chatbot Response:", "<start_of_turn>", "<end_of_turn>")
     one_category = True
 
     def template_args(self, policy: Policy, content: Content) -> Mapping[str, Any]:

@@ -80,6 +80,14 @@ def test_thresholds_are_found_in_the_folder_of_the_config(tmp_path: Path) -> Non
     assert guard_from_config(config).operating_point.threshold == 0.9
 
 
+def test_a_dialect_file_is_found_in_the_folder_of_the_config(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("name: mine\ntemplate: p.jinja\nlabels: {ok: safe, bad: unsafe}\n")
+    (tmp_path / "p.jinja").write_text("{{ conversation }}")
+    config = config_with({"backend": ScriptedBackend(), "dialect": "mine.yaml"})
+    config.config_path = str(tmp_path)
+    assert guard_from_config(config).dialect.name == "mine"
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
