@@ -67,7 +67,8 @@ GUARD_FAILED = 3
     "fit_file",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Fit threshold and band on these items, bare and with a thought, and put them into this file.",
+    help="Fit threshold and band on these items, bare and with a thought, and put them into this file. With "
+    "--reasoning never only the threshold, and the guard never thinks.",
 )
 @click.option(
     "--unsafe-share",
@@ -121,11 +122,13 @@ def _fit(
     as_json: bool,
     settings: Mapping[str, Any],
 ) -> int:
-    if settings["reasoning"] is not None:
-        raise click.UsageError("--fit judges both ways; leave --reasoning out.")
+    if settings["reasoning"] not in (None, "never"):
+        raise click.UsageError(
+            "--fit judges both ways, or with --reasoning never only without a thought; leave --reasoning out."
+        )
     items = [item for part in sets.values() for item in part]
     modes = {"never": _guards(policy, document_policy, {**settings, "reasoning": "never"})}
-    if modes["never"][False].dialect.thought is not None:
+    if settings["reasoning"] is None and modes["never"][False].dialect.thought is not None:
         modes["always"] = _guards(policy, document_policy, {**settings, "reasoning": "always"})
     with _progress() as progress:
         judged = [_judge(progress, mode, items, guards, verdicts) for mode, guards in modes.items()]
