@@ -74,6 +74,29 @@ def test_fitting_writes_where_the_guard_draws_its_lines(
     assert 0.1 < fitted["threshold"] < 0.9
 
 
+def test_fitting_without_thoughts_judges_once_and_never_thinks(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, store = tmp_path / "fitted.yaml", tmp_path / "verdicts.jsonl"
+    command = [
+        "eval",
+        str(data),
+        "--fit",
+        str(file),
+        "--reasoning",
+        "never",
+        "--verdicts",
+        str(store),
+        "--json",
+    ]
+    assert main(command) == 0
+    fitted = json.loads(capsys.readouterr().out)
+    assert fitted["band"] == [fitted["threshold"]] * 2
+    assert len(store.read_text().splitlines()) == 4
+    assert main(["eval", str(data), "--fit", str(file), "--reasoning", "always"]) == 2
+    assert "leave --reasoning out" in capsys.readouterr().err
+
+
 def test_fitting_needs_both_labels(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data.write_text(data.read_text().splitlines()[0] + "\n")
     assert main(["eval", str(data), "--fit", str(tmp_path / "fitted.yaml")]) == 2
