@@ -104,6 +104,8 @@ class Backend(abc.ABC):
         takes_template_args: Whether `Request.template_args` reach the chat template for certain. Some servers
             pass them over in silence.
         concurrency: How many requests the engine works on at once.
+        depth_first: Whether a content's requests should follow each other at once, so many contents at a time as
+            `concurrency` says: for an engine that keeps what it computed for one only until the next one comes.
         closed: Whether `aclose` was called.
     """
 
@@ -113,6 +115,7 @@ class Backend(abc.ABC):
     prefill_is_message: bool = False
     takes_template_args: bool = True
     concurrency: int = 64
+    depth_first: bool = False
     closed: bool = False
 
     async def start(self) -> None:

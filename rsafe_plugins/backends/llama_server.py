@@ -47,6 +47,7 @@ class LlamaServer:
         context: Tokens that a prompt and its answer may have together.
         slots: Requests worked on at once.
         threads: CPU threads; -1 leaves it to llama.cpp.
+        flash_attention: Whether to use it; None leaves it to llama.cpp.
         states: Folder for saved slots, or None for no saving.
 
     Attributes:
@@ -66,6 +67,7 @@ class LlamaServer:
         context: int,
         slots: int,
         threads: int,
+        flash_attention: bool | None = None,
         states: Path | None = None,
     ) -> None:
         try:
@@ -91,8 +93,8 @@ class LlamaServer:
         params.ctx_shift = False  # a prompt that doesn't fit is an error, never cut
         params.warmup = False  # our own first request warms up, and without Python's global lock
         params.cpuparams.n_threads = threads
-        # For the few tokens that follow a static prefix, llama.cpp's CPU kernel for it is much slower.
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if flash_attention is not None:
+            params.flash_attn_type = xllamacpp.llama_flash_attn_type(int(flash_attention))
         if states is not None:
             params.slot_save_path = os.path.join(states, "")
         params.hostnames = [path if use_socket else "127.0.0.1"]

@@ -45,6 +45,8 @@ class LlamaCppBackend(Backend):
             allows less.
         slots: Requests worked on at once (>= 1). Each takes memory for `context` tokens.
         threads: CPU threads (>= 1). None means one for each core that this process may use.
+        flash_attention: On a CPU it is faster for contents of more than about 50 tokens, and slower for shorter
+            ones. None means without it for the embedded guard, and as llama.cpp sees fit for other models.
 
     Raises:
         SettingsError: A number is too small.
@@ -62,6 +64,7 @@ class LlamaCppBackend(Backend):
         context: int = 4096,
         slots: int = 1,
         threads: int | None = None,
+        flash_attention: bool | None = None,
     ) -> None:
         for name, number in (("context", context), ("slots", slots), ("threads", threads)):
             if number is not None and number < 1:
@@ -74,9 +77,11 @@ class LlamaCppBackend(Backend):
         self.model = (self._model or Path(SMOLLM2.name)).stem
         if self._adapter is not None:
             self.model += f"+{self._adapter.stem}{_fingerprint(self._adapter)}"
-        self.concurrency = slots
+        self.concurrency, self.depth_first = slots, True
         self._context = context
         self._threads = threads
+        embedded = self._model is None
+        self._flash_attention = False if flash_attention is None and embedded else flash_attention
         self._lock = threading.Lock()
         self._server: LlamaServer | None = None
         self._prefixes: SavedPrefixes | None = None
@@ -129,13 +134,15 @@ class LlamaCppBackend(Backend):
                 states = None
                 if self._model is None:
                     states = cache_folder() / "prefixes"
-                    self._prefixes = SavedPrefixes(states, model.name)
+                    form = "with" if self._flash_attention else "without"
+                    self._prefixes = SavedPrefixes(states, f"{model.name} {form} flash attention")
                 self._server = LlamaServer(
                     model,
                     adapter,
                     context=self._context,
                     slots=self.concurrency,
                     threads=self._threads or available_cores(),
+                    flash_attention=self._flash_attention,
                     states=states,
                 )
             return self._server
@@ -148,8 +155,9 @@ class LlamaCppBackend(Backend):
     def _gate_of_this_loop(self) -> _Gate:
         loop = asyncio.get_running_loop()
         if self._gate is None or self._gate.loop is not loop:
-            # One request more than there are slots keeps the engine busy while Python reads an answer.
-            self._gate = _Gate(loop, self.concurrency + 1)
+            # No more than there are slots: one more would take a slot between two tokens of another's candidates,
+            # and the other would be computed anew each time.
+            self._gate = _Gate(loop, self.concurrency)
         return self._gate
 
 
@@ -184,10 +192,12 @@ async def _answer(
         prompt = server.template.render(request.messages, request.template_args) + request.prefill
         if prefixes is not None:
             await _warm(server, gate, prefixes, request.messages[0], prompt)
+        tokens = await _tokenize(server, prompt)
+        if request.candidates:
+            whole = [await _tokenize(server, prompt + candidate) for candidate in request.candidates]
+            async with gate.places:
+                return await _score(server, request, tokens, whole)
         async with gate.places:
-            tokens = await _tokenize(server, prompt)
-            if request.candidates:
-                return await _score(server, request, prompt, tokens)
             return await _generate(server, request, tokens)
     except BackendError as error:
         return error
@@ -229,10 +239,11 @@ async def _generate(server: LlamaServer, request: Request, tokens: Tokens) -> Co
         raise _malformed(error) from error
 
 
-async def _score(server: LlamaServer, request: Request, prompt: str, tokens: Tokens) -> Completion:
+async def _score(
+    server: LlamaServer, request: Request, tokens: Tokens, whole: Sequence[Tokens]
+) -> Completion:
     """Walks the candidates' tokens from where they part, a one-token request a step."""
     _check_room(server, tokens, 1)
-    whole = [await _tokenize(server, prompt + candidate) for candidate in request.candidates]
     # Where a tokenizer merges the prefill's end with a candidate's beginning, the walk starts before that.
     start = min(common_length(tokens, full) for full in whole)
     tails = {name: full[start:] for name, full in zip(request.candidates, whole, strict=True)}

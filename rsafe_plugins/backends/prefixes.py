@@ -34,7 +34,7 @@ class SavedPrefixes:
 
     Args:
         folder: Where they are kept, for this user alone; the server must have been started with it.
-        model: The model's file name.
+        model: The model's file name, and how it is run.
     """
 
     def __init__(self, folder: Path, model: str) -> None:

@@ -375,6 +375,11 @@ class Guard:
         return await self._begin(check.content, check.policy.model_copy(update={"categories": (category,)}))
 
     async def _decide_whole(self, checks: Sequence[_Check]) -> None:
+        size = self.backend.concurrency if self.backend.depth_first else len(checks)
+        for first in range(0, len(checks), max(size, 1)):
+            await self._decide_some(checks[first : first + size])
+
+    async def _decide_some(self, checks: Sequence[_Check]) -> None:
         if not self._scores:
             await self._generate(checks)
             return
