@@ -116,3 +116,17 @@ def test_a_model_of_the_users_own_leaves_nothing_behind(cache: Path) -> None:
     assert Guard(RULES, backend=backend, reasoning="never", threshold=1.0, timeout=300).check(SECRET).score
     asyncio.run(backend.aclose())
     assert saved(cache) == []
+
+
+def test_each_content_of_a_list_is_computed_once(cache: Path) -> None:
+    backend = LlamaCppBackend()
+    guard = Guard(RULES, backend=backend, reasoning="never", threshold=0.0, timeout=300)
+    texts = [f"{SECRET} {number}." for number in range(3)]
+    guard.check(SECRET)
+    verdicts = guard.check_many(texts)
+    asyncio.run(backend.aclose())
+    for verdict in verdicts:
+        # The verdict's request and the one that names the categories, which shares all but its last tokens.
+        new = verdict.usage.prompt_tokens - verdict.usage.cached_tokens
+        assert 0 < new < 100
+        assert verdict.usage.prompt_tokens > 600

@@ -290,6 +290,15 @@ def test_an_engine_whose_own_task_exits_hangs_nobody() -> None:
     assert Guard(backend=ScriptedBackend(SAFE)).check("x").label == "safe"
 
 
+def test_an_engine_that_keeps_one_content_is_asked_all_of_it_before_the_next() -> None:
+    backend = ScriptedBackend(" U1", candidates={"safe": 0.1, "unsafe": 0.9})
+    backend.concurrency, backend.depth_first = 1, True
+    verdicts = Guard(backend=backend, reasoning="never").check_many(["a", "b", "c"])
+    assert [verdict.categories for verdict in verdicts] == [("U1",)] * 3
+    kinds = [(len(call), bool(call[0].candidates)) for call in backend.calls]
+    assert kinds == [(1, True), (1, False)] * 3
+
+
 def test_starting_an_engine_is_not_counted_as_part_of_a_check() -> None:
     class Slow(ScriptedBackend):
         async def start(self) -> None:
