@@ -22,7 +22,7 @@ from rsafe_plugins.errors import (
 )
 from rsafe_plugins.guard import loop
 from rsafe_plugins.guard.content import Content
-from rsafe_plugins.guard.dialects import dialect_of
+from rsafe_plugins.guard.dialects import dialect_of, guessed
 from rsafe_plugins.guard.fitted import OperatingPoint, operating_point
 from rsafe_plugins.guard.flights import Flights
 from rsafe_plugins.guard.parts import MOST_CHARACTERS, MOST_PARTS, Span, halves
@@ -243,10 +243,10 @@ class Guard:
         """What keeps this engine from being asked in this dialect, as is known once it is prepared."""
         if self.settings.dialect is None and self.settings.template is None:
             # A server may have said its model's name only now.
-            guessed = dialect_of(None, None, self.backend.model).name
-            if guessed != self.dialect.name:
+            name = guessed(self.backend.model)
+            if name != self.dialect.name:
                 return BackendError(
-                    f"The model is {self.backend.model}, of the dialect {guessed}, and the guard was set up for "
+                    f"The model is {self.backend.model}, of the dialect {name}, and the guard was set up for "
                     f"{self.dialect.name}: set dialect, or name the model in the backend string."
                 )
         if self.dialect.one_category and not self.backend.takes_template_args:

@@ -14,12 +14,17 @@ from rsafe_plugins.guard.dialects.qwen3guard import Qwen3Guard
 from rsafe_plugins.guard.dialects.rsafe import RSafe
 from rsafe_plugins.guard.dialects.shieldgemma import ShieldGemma
 
-__all__ = ["DIALECTS", "Dialect", "dialect_of"]
+__all__ = ["DIALECTS", "Dialect", "dialect_of", "guessed"]
 
 DIALECTS: dict[str, type[Dialect]] = {
     dialect.name: dialect
     for dialect in (RSafe, Qwen3Guard, LlamaGuard, ShieldGemma, GraniteGuardian, GptOssSafeguard)
 }
+
+
+def guessed(model: str) -> str:
+    """The name of the dialect that a model's name tells of; RSafe's where it tells of none."""
+    return next((kind for kind in DIALECTS.values() if kind.models.search(model)), RSafe).name
 
 
 def dialect_of(name: str | Path | None, template: str | Path | None, model: str) -> Dialect:
@@ -35,8 +40,7 @@ def dialect_of(name: str | Path | None, template: str | Path | None, model: str)
         TemplateError: The template can't be read or used.
     """
     if name is None:
-        guessed = next((kind for kind in DIALECTS.values() if kind.models.search(model)), RSafe)
-        name = "rsafe" if template is not None else guessed.name
+        name = guessed(model) if template is None else "rsafe"
     name = str(name)
     if name == "rsafe":
         return RSafe(template)
