@@ -16,11 +16,12 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 export NEMO_GUARDRAILS_NO_USAGE_STATS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-engines lint bench clean
+.PHONY: help demo test test-docs test-engines lint bench clean
 
 help:
 	@echo "make demo          try the guard in NeMo Guardrails, LangChain, LlamaIndex and on the command line"
-	@echo "make test          run all tests but those of engines"
+	@echo "make test          run the tests"
+	@echo "make test-docs     run every example in the documentation and in examples/"
 	@echo "make test-engines  the conformance kit on each engine with real weights"
 	@echo "make lint          check style and types"
 	@echo "make bench         measure speed and memory of the embedded guard"
@@ -30,7 +31,10 @@ demo: $(VENV)/.demo
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q --ignore=tests/engines
+	$(BIN)/python -m pytest -q --ignore=tests/engines --ignore=tests/docs
+
+test-docs: $(VENV)/.dev
+	$(BIN)/python -m pytest -q tests/docs
 
 test-engines: $(VENV)/.dev $(VLLM_VENV)/.vllm
 	$(BIN)/python -m pytest -q tests/engines --ignore=tests/engines/test_vllm.py

@@ -24,7 +24,8 @@ class Metrics:
         precision: Share of unsafe verdicts that are right; None where there are none.
         recall: Share of unsafe items found; None where there are none.
         false_positive_rate: Share of safe items that were not judged safe; None where there are none.
-        auroc: Area under the ROC curve of the scores; None where there is one label only, or scores are missing.
+        auroc: Area under the ROC curve of the scores, a failed check's being the worst; None where there is one label
+            only, or an engine without scores.
         auprc: Average precision of the scores, likewise.
         tokens: Mean of generated tokens a check.
     """
@@ -72,8 +73,8 @@ def _ratio(part: int, whole: int) -> float | None:
 def _areas(
     pairs: Sequence[tuple[LabelledItem, Verdict]], safe: int, unsafe: int
 ) -> tuple[float | None, float | None]:
-    # Only where every check has a score: leaving failures out would flatter the curve.
-    scores = [verdict.score for _, verdict in pairs]
+    # A failed check counts as wrong here too: leaving it out would flatter the curve.
+    scores = [float(not item.unsafe) if verdict.label is None else verdict.score for item, verdict in pairs]
     if not safe or not unsafe or any(score is None for score in scores):
         return None, None
     from sklearn.metrics import average_precision_score, roc_auc_score

@@ -58,17 +58,14 @@ def saved(cache: Path) -> list[Path]:
     return sorted((cache / "prefixes").glob("*"))
 
 
-def test_a_second_process_begins_where_the_policy_ends_and_says_the_same(cache: Path) -> None:
-    first, second = checked(), checked()
-    assert len(saved(cache)) == 1
-    assert second.usage.cached_tokens > 0.8 * (second.usage.prompt_tokens - 40)
-    assert second.score == pytest.approx(first.score, abs=0.01)
-
-
-def test_what_is_judged_is_not_kept(cache: Path) -> None:
+def test_a_second_process_begins_where_the_policy_ends_and_nothing_that_was_judged_is_kept(
+    cache: Path,
+) -> None:
     first, again, other = checked(), checked(), checked("Hello.")
+    assert len(saved(cache)) == 1
+    assert again.score == pytest.approx(first.score, abs=0.01)
     content = first.usage.prompt_tokens - again.usage.cached_tokens
-    assert content >= len(SECRET.split())
+    assert len(SECRET.split()) <= content < 60
     assert abs(again.usage.cached_tokens - other.usage.cached_tokens) <= 1
 
 
@@ -113,8 +110,9 @@ def test_a_cache_that_cannot_be_written_costs_no_verdict(
 
 def test_a_model_of_the_users_own_leaves_nothing_behind(cache: Path) -> None:
     backend = LlamaCppBackend(next(cache.glob("*Q4_1.gguf")))
-    assert Guard(RULES, backend=backend, reasoning="never", threshold=1.0, timeout=300).check(SECRET).score
+    verdict = Guard(RULES, backend=backend, reasoning="never", timeout=300).check(SECRET)
     asyncio.run(backend.aclose())
+    assert verdict.usage.prompt_tokens > 300
     assert saved(cache) == []
 
 

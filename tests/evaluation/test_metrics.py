@@ -39,7 +39,7 @@ def test_a_failed_check_counts_as_wrong_on_both_sides() -> None:
     assert found.failures == 2
     assert found.recall == 0.5
     assert found.false_positive_rate == 0.5
-    assert found.auroc is None
+    assert found.auroc == 1 / 4
 
 
 def test_sets_of_one_label_have_only_the_figures_that_mean_something() -> None:
