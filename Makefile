@@ -61,7 +61,7 @@ $(VLLM_VENV)/.vllm: pyproject.toml | $(BIN)/python
 	@# On a CPU they come as CUDA builds, which break vLLM's import.
 	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
-	  --editable . gguf pytest pytest-asyncio
+	  --editable . gguf accelerate pytest pytest-asyncio
 	@touch $@
 
 # A stamp stands for "this much is installed". An editable installation holds a copy of the

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def make_backend(folder: Path) -> Callable[[], VLLMBackend]:
-    return lambda: VLLMBackend(folder, context=CONTEXT, dtype="float32", enforce_eager=True, block_size=16)
+    return lambda: VLLMBackend(folder, context=CONTEXT, dtype="float32", enforce_eager=True, block_size=32)
 
 
 class TestVLLMBackend(BackendConformance):
