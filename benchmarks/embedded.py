@@ -3,6 +3,7 @@
 Cold starts are processes of their own. All other figures come from one process, whose guards share its engine.
 """
 
+import asyncio
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rsafe_plugins import Content, Guard, Verdict
+from rsafe_plugins.backends import LlamaCppBackend
 from rsafe_plugins.backends.weights import cache_folder
 
 INPUTS = Path(__file__).parents[1] / "examples" / "data" / "demo_inputs.jsonl"
@@ -77,6 +79,12 @@ def main() -> None:
         sound(verdict)
     show("as one batch", f"{len(contents) / (time.perf_counter() - started):.1f} /s")
     show("memory, peak", f"{resident_megabytes():.0f} MB")
+    backend = LlamaCppBackend(flash_attention=True)
+    attentive = Guard(backend=backend, reasoning="never")
+    sound(attentive.check(contents[0]))
+    times = seconds_each(attentive, contents)
+    show(f"the same with flash attention, median of {len(times)}", f"{statistics.median(times):.2f} s")
+    asyncio.run(backend.aclose())
     for reasoning in ("adaptive", "always"):
         times = seconds_each(Guard(backend="embedded", reasoning=reasoning), contents[:8])
         show(

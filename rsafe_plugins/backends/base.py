@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from rsafe_plugins.errors import BackendError
+from rsafe_plugins.errors import BackendError, SettingsError
 
 Role = Literal["system", "user", "assistant"]
 
@@ -92,6 +92,17 @@ class Completion:
     usage: Usage = Usage()
 
 
+def check_at_least_one(**numbers: int | None) -> None:
+    """Refuses settings that must be at least 1; None is a setting that wasn't given.
+
+    Raises:
+        SettingsError: One is smaller; the message names it.
+    """
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise SettingsError(f"{name} must be at least 1, not {number}.")
+
+
 class Backend(abc.ABC):
     """An inference engine that completes chats.
 
@@ -100,9 +111,9 @@ class Backend(abc.ABC):
         supports_candidates: Whether the engine can score `Request.candidates`. Where it can't, the guard
             generates and parses strictly.
         supports_prefill: Whether the engine can continue a begun assistant message.
-        prefill_is_message: Whether it is given that as a message of the chat, so that a chat template sees it.
-        takes_template_args: Whether `Request.template_args` reach the chat template for certain. Some servers
-            pass them over in silence.
+        renders_chat: Whether the chat template is rendered here: then a begun answer follows the prompt as text, and
+            `Request.template_args` reach the template for certain. A server that renders it is given the begun
+            answer as a message, which the template sees, and may pass arguments over in silence.
         concurrency: How many requests the engine works on at once.
         depth_first: Whether a content's requests should follow each other at once, so many contents at a time as
             `concurrency` says: for an engine that keeps what it computed for one only until the next one comes.
@@ -112,8 +123,7 @@ class Backend(abc.ABC):
     model: str
     supports_candidates: bool = True
     supports_prefill: bool = True
-    prefill_is_message: bool = False
-    takes_template_args: bool = True
+    renders_chat: bool = True
     concurrency: int = 64
     depth_first: bool = False
     closed: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -52,23 +52,41 @@ class ChatTemplate:
         Raises:
             BackendError: The template refuses this chat, for instance because it knows no system role.
         """
-        chat = [{"role": message.role, "content": message.content} for message in messages]
-        given = {"tools": None, "documents": None, "messages": chat, "add_generation_prompt": True}
-        try:
-            prompt = self._template.render({**args, **given})
-            if args and prompt == self._template.render(given):
-                raise BackendError(unused(args))
-            return prompt
-        except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError) as error:
-            raise BackendError(
-                f"The model's chat template refuses a chat of the roles {[m.role for m in messages]} "
-                f"({type(error).__name__})."
-            ) from error
+        given = {"tools": None, "documents": None, "add_generation_prompt": True}
+        return rendered(
+            lambda chat, more: self._template.render({**more, **given, "messages": chat}), messages, args
+        )
 
 
-def unused(args: Mapping[str, Any]) -> str:
-    """What to say where a chat template makes nothing of what it was given."""
-    return f"The model's chat template has no use for {' and '.join(args)}: the model isn't of this dialect."
+def rendered(
+    render: Callable[[list[dict[str, str]], Mapping[str, Any]], str],
+    messages: Sequence[Message],
+    args: Mapping[str, Any],
+) -> str:
+    """The prompt that a chat template makes.
+
+    Args:
+        render: The template, of a chat and of what else it is given.
+        messages: The chat.
+        args: What else it is given; the prompt must show it.
+
+    Raises:
+        BackendError: The template refuses this chat, or has no use for what it is given.
+    """
+    chat = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        prompt = render(chat, args)
+        unused = bool(args) and prompt == render(chat, {})
+    except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError) as error:
+        raise BackendError(
+            f"The model's chat template refuses a chat of the roles {[m.role for m in messages]} "
+            f"({type(error).__name__})."
+        ) from error
+    if unused:
+        raise BackendError(
+            f"The model's chat template has no use for {' and '.join(args)}: the model isn't of this dialect."
+        )
+    return prompt
 
 
 def _refuse(message: str) -> NoReturn:

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import jinja2
-
 from rsafe_plugins.backends.base import Request
-from rsafe_plugins.backends.chat_template import unused
+from rsafe_plugins.backends.chat_template import rendered
 from rsafe_plugins.backends.tokens import Tokens, check_text, common_length
 from rsafe_plugins.errors import BackendError, InputTooLong
 
@@ -62,7 +60,14 @@ def encode(tokenizer: Any, request: Request, context: int) -> Encoded:
         InputTooLong: It doesn't fit the context.
         BackendError: The template refuses the chat, or the text isn't Unicode.
     """
-    prompt = _render(tokenizer, request) + request.prefill
+    prompt = rendered(
+        lambda chat, args: str(
+            tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **args)
+        ),
+        request.messages,
+        request.template_args,
+    )
+    prompt += request.prefill
     texts = [prompt, *(prompt + candidate for candidate in request.candidates)]
     for text in texts:
         check_text(text, context)
@@ -84,18 +89,3 @@ def encode(tokenizer: Any, request: Request, context: int) -> Encoded:
             "model with a larger one."
         )
     return encoded
-
-
-def _render(tokenizer: Any, request: Request) -> str:
-    chat = [{"role": message.role, "content": message.content} for message in request.messages]
-    try:
-        plain = {"conversation": chat, "tokenize": False, "add_generation_prompt": True}
-        prompt = str(tokenizer.apply_chat_template(**plain, **request.template_args))
-        if request.template_args and prompt == str(tokenizer.apply_chat_template(**plain)):
-            raise BackendError(unused(request.template_args))
-        return prompt
-    except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError) as error:
-        raise BackendError(
-            f"The model's chat template refuses a chat of the roles {[m.role for m in request.messages]} "
-            f"({type(error).__name__})."
-        ) from error

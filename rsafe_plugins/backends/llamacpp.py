@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from types import EllipsisType, MappingProxyType
 
-from rsafe_plugins.backends.base import Backend, Completion, Message, Request, Usage
+from rsafe_plugins.backends.base import Backend, Completion, Message, Request, Usage, check_at_least_one
 from rsafe_plugins.backends.llama_server import LlamaServer, available_cores
 from rsafe_plugins.backends.merge import merged_weights
 from rsafe_plugins.backends.prefixes import SavedPrefixes
@@ -24,7 +24,7 @@ from rsafe_plugins.backends.weights import (
     chosen_model,
     embedded_weights,
 )
-from rsafe_plugins.errors import BackendError, BackendUnavailable, InputTooLong, SettingsError
+from rsafe_plugins.errors import BackendError, BackendUnavailable, InputTooLong
 
 _TOP = 256  # next tokens whose log-probabilities are asked for
 
@@ -66,9 +66,7 @@ class LlamaCppBackend(Backend):
         threads: int | None = None,
         flash_attention: bool | None = None,
     ) -> None:
-        for name, number in (("context", context), ("slots", slots), ("threads", threads)):
-            if number is not None and number < 1:
-                raise SettingsError(f"{name} must be at least 1, not {number}.")
+        check_at_least_one(context=context, slots=slots, threads=threads)
         self._is_given = model is not None
         self._model = Path(model).expanduser() if model is not None else chosen_model()
         if isinstance(adapter, EllipsisType):

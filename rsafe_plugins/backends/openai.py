@@ -100,7 +100,7 @@ class OpenAIBackend(Backend):
         self._given_model = model
         self.model = model or urllib.parse.urlsplit(self._urls[0]).netloc
         self.supports_candidates = self.supports_prefill = False
-        self.prefill_is_message, self.takes_template_args = True, False
+        self.renders_chat = False
         self.concurrency = concurrency
         self._queue = queue
         self._timeout = timeout

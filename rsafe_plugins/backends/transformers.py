@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rsafe_plugins.backends.base import Backend, Completion, Request
+from rsafe_plugins.backends.base import Backend, Completion, Request, check_at_least_one
 from rsafe_plugins.errors import BackendError, BackendUnavailable, SettingsError
 
 if TYPE_CHECKING:
@@ -70,9 +70,7 @@ class TransformersBackend(Backend):
         context: int | None = None,
         batch_size: int = 16,
     ) -> None:
-        for name, number in (("context", context), ("batch_size", batch_size)):
-            if number is not None and number < 1:
-                raise SettingsError(f"{name} must be at least 1, not {number}.")
+        check_at_least_one(context=context, batch_size=batch_size)
         if dtype not in (None, "float32", "bfloat16", "float16"):
             raise SettingsError(f"dtype must be float32, bfloat16 or float16, not {dtype!r}.")
         self._model, self._adapter = model, adapter

@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
-from rsafe_plugins.backends.base import Backend, Completion, Request, Usage
+from rsafe_plugins.backends.base import Backend, Completion, Request, Usage, check_at_least_one
 from rsafe_plugins.backends.encoding import Encoded, encode
 from rsafe_plugins.backends.tokens import Tokens, walk_candidates
-from rsafe_plugins.errors import BackendError, BackendUnavailable, SettingsError
+from rsafe_plugins.errors import BackendError, BackendUnavailable
+
+T = TypeVar("T")
 
 _MISSING = (
     'vLLM isn\'t installed here: pip install "rsafe-plugins[vllm]", in an environment of its own. Or serve the model '
@@ -56,10 +58,7 @@ class VLLMBackend(Backend):
         concurrency: int = 256,
         **engine: Any,
     ) -> None:
-        numbers = {"context": context, "tensor_parallel": tensor_parallel, "concurrency": concurrency}
-        for name, number in numbers.items():
-            if number is not None and number < 1:
-                raise SettingsError(f"{name} must be at least 1, not {number}.")
+        check_at_least_one(context=context, tensor_parallel=tensor_parallel, concurrency=concurrency)
         self._model, self._adapter = str(model), adapter
         self.model = Path(model).name if Path(model).exists() else str(model)
         if adapter is not None:
@@ -121,8 +120,7 @@ class VLLMBackend(Backend):
         assert running is not None
         if before is not None and before is not running:
             await asyncio.to_thread(before.stop)
-        # Others wait for it too, so that one caller's cancellation must not reach it.
-        await asyncio.shield(asyncio.wrap_future(running.ready))
+        await running.wait_until_ready()
         return running
 
 
@@ -161,36 +159,52 @@ class _Running:
                 return _closed()
             answer = asyncio.run_coroutine_threadsafe(self._answer(request), self._loop)
         try:
-            return await asyncio.wrap_future(answer)
+            return await self._result(asyncio.wrap_future(answer))
+        except BackendUnavailable as error:
+            return error
+
+    async def wait_until_ready(self) -> None:
+        """Returns once the engine has started.
+
+        Raises:
+            BackendUnavailable: It can't be started, or was stopped meanwhile.
+        """
+        # Others wait for it too, so that one caller's cancellation must not reach it.
+        await self._result(asyncio.shield(asyncio.wrap_future(self.ready)))
+
+    async def _result(self, future: asyncio.Future[T]) -> T:
+        try:
+            return await future
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self._stopped and task is not None and not task.cancelling():
-                return _closed()
+                raise _closed() from None
             raise
 
     def stop(self) -> None:
         """Ends the engine, its processes and the thread; does nothing in a forked child."""
-        if self.pid != os.getpid():
-            return
-        with self._lock:
-            stopped, self._stopped = self._stopped, True
-            if not stopped:
-                self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        if self.pid == os.getpid():
+            self._end_loop()
+            self._thread.join()
 
     def _give_up(self, ready: Future[None]) -> None:
         """Ends the thread of an engine that couldn't be started."""
         if ready.cancelled() or ready.exception() is not None:
-            with self._lock:
-                stopped, self._stopped = self._stopped, True
-                if not stopped:
-                    self._loop.call_soon_threadsafe(self._loop.stop)
+            self._end_loop()
+
+    def _end_loop(self) -> None:
+        with self._lock:
+            if not self._stopped:
+                self._stopped = True
+                self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _run(self) -> None:
-        while not self._stopped:
+        while True:
             # An engine's own task may exit, which ends the loop; the requests of everybody else go on.
             with contextlib.suppress(KeyboardInterrupt, SystemExit):
                 self._loop.run_forever()
+            if self._stopped:
+                break
         try:
             self._shut_down()
             while tasks := asyncio.all_tasks(self._loop):

@@ -62,7 +62,7 @@ def _key(item: LabelledItem, guard: Guard) -> str:
     """What the guard is asked, and how; two items with the same text share a verdict."""
     settings, point = guard.settings, guard.operating_point
     content, dialect = item.content(), guard.dialect
-    chat = (dialect.digest, guard.policy.digest, dialect.messages(guard.policy, content))
+    chat = (dialect.name, dialect.digest, guard.policy.digest, dialect.messages(guard.policy, content))
     asked = hashlib.blake2b(repr(chat).encode("utf-8"), digest_size=12).hexdigest()
     how = f"{guard.backend.model}/{settings.reasoning}/{point.threshold}/{point.band}"
     return f"{asked}/{how}/{settings.max_reasoning_tokens}"

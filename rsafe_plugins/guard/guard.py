@@ -26,7 +26,6 @@ from rsafe_plugins.guard.dialects import dialect_of, guessed
 from rsafe_plugins.guard.fitted import OperatingPoint, operating_point
 from rsafe_plugins.guard.flights import Flights
 from rsafe_plugins.guard.parts import MOST_CHARACTERS, MOST_PARTS, Span, halves
-from rsafe_plugins.guard.prompt import Thinking
 from rsafe_plugins.guard.settings import GuardSettings, OnError, Reasoning
 from rsafe_plugins.guard.verdict import Label, Verdict, named_categories
 from rsafe_plugins.policy import Category, Policy
@@ -40,7 +39,6 @@ _LEAST_MASS = 0.5
 _START_SECONDS = 900.0
 # From so many characters on a content takes milliseconds to be made a prompt.
 _LARGE = 50_000
-
 
 _FORGOTTEN = Content.prompt("")
 
@@ -249,7 +247,7 @@ class Guard:
                     f"The model is {self.backend.model}, of the dialect {name}, and the guard was set up for "
                     f"{self.dialect.name}: set dialect, or name the model in the backend string."
                 )
-        if self.dialect.one_category and not self.backend.takes_template_args:
+        if self.dialect.one_category and not self.backend.renders_chat:
             return BackendError(
                 f"This engine can't be asked in the dialect {self.dialect.name}, whose chat template must be given "
                 "each category: run the model in process, with llamacpp, transformers or vllm."
@@ -338,18 +336,15 @@ class Guard:
             await asyncio.sleep(0)  # a list of large ones lets the checks of others go on in between
         return _Check(content, policy, self._messages(policy, content))
 
-    def _messages(
-        self, policy: Policy, content: Content, thinking: Thinking | None = None
-    ) -> tuple[Message, ...]:
-        if thinking is None or not self.dialect.mode_in_prompt:
-            is_bare = self.dialect.mode_in_prompt and self.settings.reasoning != "always"
-            thinking = "skip" if is_bare else "open"
-        return self.dialect.messages(policy, content, thinking)
+    def _messages(self, policy: Policy, content: Content, *, thinking: bool = False) -> tuple[Message, ...]:
+        """The chat for answers that the guard begins; one serves both ways unless the prompt itself says which."""
+        thinks = thinking or self.settings.reasoning == "always" or not self.dialect.mode_in_prompt
+        return self.dialect.messages(policy, content, "open" if thinks else "skip")
 
     @property
     def _can_begin(self) -> bool:
         """Whether the model's answer can be begun for it."""
-        as_message = self.dialect.own_chat and self.backend.prefill_is_message
+        as_message = self.dialect.own_chat and not self.backend.renders_chat
         return self.backend.supports_prefill and not as_message
 
     @property
@@ -428,7 +423,7 @@ class Guard:
     def _request(self, check: _Check, *, thinking: bool = False, **asked: Any) -> Request:
         messages = check.messages
         if thinking and self.dialect.mode_in_prompt:
-            messages = self._messages(check.policy, check.content, "open")
+            messages = self._messages(check.policy, check.content, thinking=True)
         arguments = self.dialect.template_args(check.policy, check.content)
         return Request(messages=messages, template_args=arguments, **asked)
 
@@ -491,13 +486,8 @@ class Guard:
 
         def bare(check: _Check) -> Request:
             messages = self.dialect.messages(check.policy, check.content, "skip")
-            arguments = self.dialect.template_args(check.policy, check.content)
-            return Request(
-                messages=messages,
-                template_args=arguments,
-                max_tokens=self.dialect.answer_tokens,
-                stop=self.dialect.stop,
-            )
+            begun = self._request(check, max_tokens=self.dialect.answer_tokens, stop=self.dialect.stop)
+            return replace(begun, messages=messages)
 
         def free(check: _Check) -> Request:
             budget = self.settings.max_reasoning_tokens + self.dialect.answer_tokens

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
-from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
@@ -33,6 +32,13 @@ prompt serves both ways). `skip`: the template asks for the bare verdict, for en
 
 _PLACE = f"conversation-{uuid.uuid4()}"  # nothing that a policy or a template could hold
 _SPEAKERS = {"user": "User", "agent": "Agent"}
+TITLES: dict[ContentKind, str] = {
+    "prompt": "User",
+    "response": "Agent",
+    "document": "Document",
+    "tool_call": "Tool call",
+    "tool_result": "Tool result",
+}
 _DELIMITER = re.compile(r"<[^<>\n]{1,64}>|\[[/A-Z_ ]{2,40}\]")
 
 
@@ -86,29 +92,12 @@ class GuardPrompt:
         """
         static = 0
         if self._takes_turns:
-            text = self._render(policy, content.kind, thinking, turns=list(self._turns(content)))
+            text = self._render(policy, content.kind, thinking, turns=turns(content, self.delimiters))
         else:
             before, after = self._frame(policy, content.kind, thinking)
-            text = before + "\n".join(map(_line, self._turns(content))) + after
+            text = before + "\n".join(map(line, turns(content, self.delimiters))) + after
             static = len(before)
         return (Message("user", text, static),)
-
-    def _turns(self, content: Content) -> Iterator[dict[str, str]]:
-        for turn in content.history:
-            yield self._turn(_SPEAKERS[turn.speaker], turn.text)
-        context = content.context
-        if content.kind in ("tool_call", "tool_result"):
-            title = "Tool call" if content.kind == "tool_call" else "Tool result"
-            yield self._turn(title, content.text, context)
-            return
-        if context:
-            yield self._turn("User", context)
-        yield self._turn(
-            {"prompt": "User", "response": "Agent", "document": "Document"}[content.kind], content.text
-        )
-
-    def _turn(self, title: str, text: str, name: str = "") -> dict[str, str]:
-        return {"title": title, "name": " ".join(self._safe(name).split()), "text": self._safe(text)}
 
     def _safe(self, text: str) -> str:
         return neutralize(text, self.delimiters)
@@ -148,7 +137,24 @@ class GuardPrompt:
         }
 
 
-def _line(turn: dict[str, str]) -> str:
+def turns(content: Content, delimiters: tuple[str, ...] = ()) -> list[dict[str, str]]:
+    """The conversation, what is judged last: `title`, `name` (of a tool) and `text` of each turn, neutralized."""
+
+    def turn(title: str, text: str, name: str = "") -> dict[str, str]:
+        # A name stays in its line.
+        named = " ".join(neutralize(name, delimiters).split())
+        return {"title": title, "name": named, "text": neutralize(text, delimiters)}
+
+    said = [turn(_SPEAKERS[one.speaker], one.text) for one in content.history]
+    is_tool = content.kind in ("tool_call", "tool_result")
+    if content.context and not is_tool:
+        said.append(turn("User", content.context))
+    said.append(turn(TITLES[content.kind], content.text, content.context if is_tool else ""))
+    return said
+
+
+def line(turn: dict[str, str]) -> str:
+    """A turn as text."""
     title = f"{turn['title']} ({turn['name']})" if turn["name"] else turn["title"]
     return f"{title}: {turn['text']}"
 

@@ -7,6 +7,7 @@ import pytest
 
 from rsafe_plugins import Guard, Policy, Verdict
 from rsafe_plugins.backends import LlamaCppBackend
+from rsafe_plugins.backends.llamacpp import _Gate
 from rsafe_plugins.backends.prefixes import MOST_KEPT
 from rsafe_plugins.backends.weights import cache_folder
 
@@ -128,3 +129,40 @@ def test_each_content_of_a_list_is_computed_once(cache: Path) -> None:
         new = verdict.usage.prompt_tokens - verdict.usage.cached_tokens
         assert 0 < new < 100
         assert verdict.usage.prompt_tokens > 600
+
+
+async def test_while_a_prefix_is_saved_no_other_request_is_let_in() -> None:
+    gate = _Gate(asyncio.get_running_loop(), 2)
+    order: list[str] = []
+
+    async def request(name: str) -> None:
+        async with gate.places:
+            order.append(f"{name} in")
+            await asyncio.sleep(0)
+            order.append(f"{name} out")
+
+    async def saving() -> None:
+        async with gate.alone():
+            order.append("saving")
+            for _ in range(5):
+                await asyncio.sleep(0)
+            order.append("saved")
+
+    await asyncio.gather(request("a"), request("b"), saving(), saving(), request("c"))
+    for start in (place for place, step in enumerate(order) if step == "saving"):
+        assert order[start + 1] == "saved"
+        inside = [step.split()[0] for step in order[:start] if step.endswith(" in")]
+        assert all(f"{name} out" in order[:start] for name in inside)
+    assert order.count("saved") == 2
+    assert order.count("c out") == 1
+
+
+async def test_a_save_that_is_cancelled_gives_its_places_back() -> None:
+    gate = _Gate(asyncio.get_running_loop(), 2)
+    async with gate.places:
+        waiting = asyncio.create_task(gate.alone().__aenter__())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+    async with asyncio.timeout(5), gate.alone():
+        pass

@@ -75,7 +75,7 @@ class Engine:
     async def generate(self, prompt: dict[str, list[str]], *_: object, **__: object) -> AsyncIterator[Output]:
         word = prompt["prompt_token_ids"][0]
         if word == "hang":
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()
         if word == "die":
             self.errored = True
             raise RuntimeError("quoting SECRET")
@@ -179,4 +179,32 @@ async def test_a_start_that_fails_leaves_no_engine_and_no_thread(
             await backend.start()
     await backend.aclose()
     assert [engine.was_shut_down for engine in engines] == [True] * 3
+    assert not threads()
+
+
+async def test_closing_while_it_starts_ends_the_start(engines: list[Engine]) -> None:
+    backend = VLLMBackend("m")
+    starting = asyncio.create_task(backend.complete([ask("hang")]))
+    await asyncio.sleep(0)
+    await backend.aclose()
+    try:
+        answers = await starting
+    except BackendUnavailable as error:
+        answers = [error]
+    assert [type(answer) for answer in answers] == [BackendUnavailable]
+    assert all(engine.was_shut_down for engine in engines)
+    assert not threads()
+
+
+async def test_a_forked_child_is_told_and_closes_without_waiting(engines: list[Engine]) -> None:
+    backend = VLLMBackend("m")
+    await backend.start()
+    running = backend._running
+    assert running is not None
+    running.pid += 1  # as a child sees it: the thread is another process's
+    with pytest.raises(BackendUnavailable, match="before its process was forked"):
+        await backend.complete([ask("stop")])
+    await asyncio.wait_for(backend.aclose(), 5)
+    running.pid -= 1
+    running.stop()
     assert not threads()

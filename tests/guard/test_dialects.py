@@ -200,7 +200,7 @@ def test_a_model_whose_dialect_is_known_too_late_blocks_until_it_is_named() -> N
 
 def test_an_engine_that_may_drop_a_templates_arguments_is_not_asked() -> None:
     backend = ScriptedBackend("No")
-    backend.takes_template_args = False
+    backend.renders_chat = False
     verdict = Guard(RULES, dialect="shieldgemma", backend=backend).check("x")
     assert (verdict.label, verdict.blocked, backend.requests) == (None, True, [])
 
@@ -235,7 +235,7 @@ def test_a_server_is_never_given_a_begun_answer_that_its_template_would_judge() 
         backend = ScriptedBackend(
             answer, candidates={"safe": 1.0, "\n\nsafe": 0.0, "unsafe": 0, "\n\nunsafe": 0}
         )
-        backend.prefill_is_message = True
+        backend.renders_chat = False
         verdict = Guard(dialect=name, backend=backend).check("x")
         assert (verdict.blocked, verdict.score) == (name == "llama-guard", None)
         assert [(request.prefill, request.candidates) for request in backend.requests] == [("", ())]
@@ -393,7 +393,7 @@ def test_a_file_keeps_its_marks_from_content(file: Path) -> None:
 
 def test_an_engine_that_hangs_blocks_a_check_of_many_categories() -> None:
     async def hang(request: Request) -> str:
-        await asyncio.sleep(60)
+        await asyncio.Event().wait()
         return "No"
 
     guard = Guard(RULES, dialect="shieldgemma", backend=ScriptedBackend(hang), timeout=0.2)

@@ -310,7 +310,7 @@ def test_starting_an_engine_is_not_counted_as_part_of_a_check() -> None:
 def test_an_engine_that_never_starts_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stuck(ScriptedBackend):
         async def start(self) -> None:
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()
 
     monkeypatch.setattr("rsafe_plugins.guard.guard._START_SECONDS", 0.05)
     verdict = Guard(backend=Stuck(SAFE)).check("x")

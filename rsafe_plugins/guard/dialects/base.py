@@ -53,6 +53,7 @@ class Dialect(abc.ABC):
         answer_tokens: Room for an answer without its thought.
         stop: What ends an answer that is generated.
         delimiters: What structures the prompt and the answer; content can't write it.
+        digest: Changes where the dialect of a user's file does; empty for those that are known by name.
     """
 
     name: str
@@ -69,11 +70,7 @@ class Dialect(abc.ABC):
     answer_tokens: int = 64
     stop: tuple[str, ...] = ()
     delimiters: tuple[str, ...] = ()
-
-    @property
-    def digest(self) -> str:
-        """Changes where the dialect does, for those that a user can write; the others are known by name."""
-        return self.name
+    digest: str = ""
 
     @abc.abstractmethod
     def messages(self, policy: Policy, content: Content, thinking: Thinking = "open") -> tuple[Message, ...]:
@@ -132,7 +129,7 @@ class ChatDialect(Dialect):
 
 def conversation(content: Content, delimiters: tuple[str, ...] = ()) -> tuple[Message, ...]:
     """Prompt or response with the earlier turns as a chat, its structure neutralized."""
-    chat = turns(content, delimiters)
+    chat = history(content, delimiters)
     if content.kind == "response":
         chat.append(Message("user", neutralize(content.context, delimiters)))
         chat.append(Message("assistant", neutralize(content.text, delimiters)))
@@ -141,7 +138,7 @@ def conversation(content: Content, delimiters: tuple[str, ...] = ()) -> tuple[Me
     return alternating(chat)
 
 
-def turns(content: Content, delimiters: tuple[str, ...]) -> list[Message]:
+def history(content: Content, delimiters: tuple[str, ...]) -> list[Message]:
     """The earlier turns, neutralized."""
     return [
         Message("user" if turn.speaker == "user" else "assistant", neutralize(turn.text, delimiters))

@@ -99,12 +99,8 @@ class CustomDialect(Dialect):
         marks = (declared.begin, declared.categories, *((thinking.open, thinking.close) if thinking else ()))
         self.delimiters = tuple(filter(None, ((mark or "").strip() for mark in marks)))
         self.prompt = GuardPrompt(template or path.parent / declared.template, self.delimiters)
-        self._declared = declared
-
-    @property
-    def digest(self) -> str:
-        """Of what the file declares; the template shows in the messages."""
-        return hashlib.sha256(self._declared.model_dump_json().encode()).hexdigest()
+        # Of what the file declares; the template shows in the messages.
+        self.digest = hashlib.sha256(declared.model_dump_json().encode()).hexdigest()
 
     def messages(self, policy: Policy, content: Content, thinking: Thinking = "open") -> tuple[Message, ...]:
         """One user message, from the template."""

@@ -7,6 +7,7 @@ message with a `<guardian>` block. The instructions in it are ours; for IBM's ow
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import MappingProxyType
 
 from rsafe_plugins.backends.base import Message
@@ -17,10 +18,9 @@ from rsafe_plugins.guard.dialects.base import (
     alternating,
     conversation,
     description,
-    turns,
+    history,
 )
-from rsafe_plugins.guard.neutralize import neutralize
-from rsafe_plugins.guard.prompt import Thinking
+from rsafe_plugins.guard.prompt import Thinking, line, turns
 from rsafe_plugins.policy import Policy
 
 _SUBJECTS = {
@@ -63,12 +63,8 @@ class GraniteGuardian(Dialect):
         if content.kind in ("prompt", "response"):
             chat = conversation(content, self.delimiters)
         else:
-            title = {"document": "Document", "tool_call": "Tool call", "tool_result": "Tool result"}[
-                content.kind
-            ]
-            name = " ".join(neutralize(content.context, self.delimiters).split())
-            text = f"{title}{f' ({name})' if name else ''}: {neutralize(content.text, self.delimiters)}"
-            chat = alternating([*turns(content, self.delimiters), Message("user", text)])
+            judged = map(line, turns(replace(content, history=()), self.delimiters))
+            chat = alternating([*history(content, self.delimiters), Message("user", "\n".join(judged))])
         subject = _SUBJECTS[content.kind]
         mode = "no-think" if thinking == "skip" else "think"
         block = (
