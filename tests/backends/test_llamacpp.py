@@ -210,11 +210,11 @@ async def test_many_requests_of_many_callers_come_back_in_order(backend: LlamaCp
 
     alone = [(await only(backend, echo(number))).text for number in range(3)]
     assert len(set(alone)) == 3
-    answers = await asyncio.gather(*(backend.complete([echo(n) for n in range(50)]) for _ in range(4)))
+    answers = await asyncio.gather(*(backend.complete([echo(n) for n in range(12)]) for _ in range(4)))
 
     for answer in answers:
         texts = [completion.text for completion in answer if isinstance(completion, Completion)]
-        assert texts == [alone[number % 3] for number in range(50)]
+        assert texts == [alone[number % 3] for number in range(12)]
 
 
 async def test_cancelled_requests_are_dropped_and_leave_later_ones_alone(backend: LlamaCppBackend) -> None:

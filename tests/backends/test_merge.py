@@ -5,7 +5,7 @@ import gguf
 import numpy as np
 import pytest
 
-from rsafe_plugins import Guard
+from rsafe_plugins import Guard, Policy
 from rsafe_plugins.backends import LlamaCppBackend
 from rsafe_plugins.backends.merge import merged_weights
 from rsafe_plugins.backends.weights import embedded_weights
@@ -99,10 +99,12 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
 @pytest.mark.engine
 async def test_the_merged_guard_tells_harmful_from_harmless_as_the_one_with_its_adapter_beside_it() -> None:
     # Their probabilities differ: they are two quantizations of the same weights.
+    rules = Policy.load("rsafe-18")
+    few = rules.model_copy(update={"categories": rules.categories[:5]})
     packaged = LlamaCppBackend()
     beside = LlamaCppBackend(embedded_weights(), adapter=packaged._adapter)
     for backend in (packaged, beside):
-        guard = Guard(backend=backend, reasoning="never")
+        guard = Guard(few, backend=backend, reasoning="never")
         harmless = await guard.acheck_many(
             ["What is the capital of France?", "How do I get wine out of a carpet?"]
         )

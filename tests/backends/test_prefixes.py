@@ -18,7 +18,7 @@ RULES = Policy.model_validate(
         "name": "rules",
         "categories": [
             {"id": f"R{number}", "name": f"Rule {number}", "description": "Orders, threats and insults."}
-            for number in range(12)
+            for number in range(2)
         ],
     }
 )
@@ -113,7 +113,7 @@ def test_a_model_of_the_users_own_leaves_nothing_behind(cache: Path) -> None:
     backend = LlamaCppBackend(next(cache.glob("*Q4_1.gguf")))
     verdict = Guard(RULES, backend=backend, reasoning="never", timeout=300).check(SECRET)
     asyncio.run(backend.aclose())
-    assert verdict.usage.prompt_tokens > 300
+    assert verdict.usage.prompt_tokens > 200
     assert saved(cache) == []
 
 
@@ -128,7 +128,7 @@ def test_each_content_of_a_list_is_computed_once(cache: Path) -> None:
         # The verdict's request and the one that names the categories, which shares all but its last tokens.
         new = verdict.usage.prompt_tokens - verdict.usage.cached_tokens
         assert 0 < new < 100
-        assert verdict.usage.prompt_tokens > 600
+        assert verdict.usage.prompt_tokens > 2 * new
 
 
 async def test_while_a_prefix_is_saved_no_other_request_is_let_in() -> None:
