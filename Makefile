@@ -24,7 +24,7 @@ help:
 	@echo "make test-docs     run every example in the documentation and in examples/"
 	@echo "make test-engines  the conformance kit on each engine with real weights"
 	@echo "make lint          check style and types"
-	@echo "make bench         measure speed and memory of the embedded guard"
+	@echo "make bench         measure speed and memory, beside other guards; ITEMS='a.jsonl b.jsonl' adds accuracy"
 	@echo "make clean         remove the environment and everything built"
 
 demo: $(VENV)/.demo
@@ -45,9 +45,12 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.demo
-	@$(BIN)/python benchmarks/embedded.py
-	@$(BIN)/python benchmarks/overhead.py
+bench: $(VENV)/.bench $(VLLM_VENV)/.vllm
+	@$(BIN)/python -m benchmarks.overhead
+	@$(BIN)/python -m benchmarks.embedded
+	@$(VLLM_VENV)/bin/python -m benchmarks.vllm_engine $(ITEMS)
+	@$(BIN)/python -m benchmarks.peers $(VLLM_VENV)/bin/python
+	@$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -61,7 +64,7 @@ $(VLLM_VENV)/.vllm: pyproject.toml | $(BIN)/python
 	@# On a CPU they come as CUDA builds, which break vLLM's import.
 	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
-	  --editable . gguf accelerate pytest pytest-asyncio
+	  --editable '.[eval]' gguf accelerate pytest pytest-asyncio
 	@touch $@
 
 # A stamp stands for "this much is installed". An editable installation holds a copy of the
@@ -75,6 +78,10 @@ $(VENV)/.dev: pyproject.toml $(wildcard rails/library/*) | $(BIN)/python
 	@echo "Installing what the tests need into $(VENV) (some minutes) ..."
 	@$(PIP_INSTALL) $(TORCH) --editable '.[dev]'
 	@touch $(VENV)/.demo $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	@$(PIP_INSTALL) --editable '.[bench]'
+	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

@@ -1,44 +1,33 @@
-"""Speed and memory of the embedded guard on this machine: `make bench`.
+"""Speed and memory of the embedded guard on this machine.
 
 Cold starts are processes of their own. All other figures come from one process, whose guards share its engine.
 """
 
 import asyncio
-import json
-import os
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
+import psutil
+from transformers import AutoTokenizer
+
+from benchmarks.record import Part, demo_items, sound
+from benchmarks.weights import percent_cached
 from rsafe_plugins import Content, Guard, Verdict
 from rsafe_plugins.backends import LlamaCppBackend
-from rsafe_plugins.backends.weights import cache_folder
-
-INPUTS = Path(__file__).parents[1] / "examples" / "data" / "demo_inputs.jsonl"
-
-
-def prompts() -> list[Content]:
-    items = map(json.loads, INPUTS.read_text("utf-8").splitlines())
-    return [Content.prompt(item["text"]) for item in items if item["kind"] == "prompt"]
+from rsafe_plugins.backends.weights import cache_folder, embedded_weights
 
 
 def seconds_each(guard: Guard, contents: Sequence[Content]) -> list[float]:
-    return [checked(guard, content) for content in contents]
-
-
-def checked(guard: Guard, content: Content) -> float:
-    started = time.perf_counter()
-    sound(guard.check(content))
-    return time.perf_counter() - started
-
-
-def sound(verdict: Verdict) -> None:
-    if verdict.error:
-        sys.exit(f"The guard failed, there is nothing to measure: {verdict.error}")
+    times = []
+    for content in contents:
+        started = time.perf_counter()
+        verdict = guard.check(content)
+        times.append(time.perf_counter() - started)
+        sound([verdict])
+    return times
 
 
 def cold_start() -> float:
@@ -53,44 +42,65 @@ def cold_start() -> float:
     return time.perf_counter() - started
 
 
-def resident_megabytes() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)
-
-
-def show(name: str, value: str) -> None:
-    print(f"{name:<52}{value:>10}", flush=True)
+def megabytes() -> float:
+    return psutil.Process().memory_info().rss / 1e6
 
 
 def main() -> None:
-    contents = prompts()
+    part = Part("embedded", "The embedded guard")
+    contents = [Content.prompt(text) for text in demo_items("prompt")]
     cold_start()  # fetches the weights and merges the adapter into them, where that hasn't been done
     for saved in (cache_folder() / "prefixes").glob("*.prefix"):
         saved.unlink()
-    show("cold start to the first verdict, of a new policy", f"{cold_start():.2f} s")
-    show("the same later, median of 3", f"{statistics.median(cold_start() for _ in range(3)):.2f} s")
+    part.add("cold start to the first verdict, of a new policy", cold_start(), "s", 4)
+    later = statistics.median(cold_start() for _ in range(3))
+    part.add("the same of a policy seen before, median of 3", later, "s", 4)
+
     guard = Guard(backend="embedded", reasoning="never")
-    sound(guard.check(contents[0]))
+    sound([guard.check(contents[0])])
     times = seconds_each(guard, contents)
-    show(f"one verdict without reasoning, median of {len(times)}", f"{statistics.median(times):.2f} s")
-    show("the slowest of them", f"{max(times):.2f} s")
+    part.add(f"one verdict without reasoning, median of {len(times)}", statistics.median(times), "s", 0.4)
+    part.add("the slowest of them", max(times), "s")
+    part.add("memory at rest", megabytes(), "MB", 700)
+
     started = time.perf_counter()
-    for verdict in guard.check_many(contents):
-        sound(verdict)
-    show("as one batch", f"{len(contents) / (time.perf_counter() - started):.1f} /s")
-    show("memory, peak", f"{resident_megabytes():.0f} MB")
+    verdicts = guard.check_many(contents)
+    part.add("a list, without reasoning", len(contents) / (time.perf_counter() - started), "checks/s")
+    sound(verdicts)
+    weights = embedded_weights()
+    tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
+    harmless = Guard(
+        backend="embedded", reasoning="never", threshold=1.0
+    )  # asks once, and names no categories
+    verdicts = [harmless.check(content) for content in contents]
+    sound(verdicts)
+    part.add(
+        "policy tokens from the prefix cache",
+        percent_cached(verdicts, tokenizer, guard, contents[0]),
+        "%",
+        95,
+        more=True,
+    )
+
+    many = [Content.prompt(f"{content.text} ({number})") for number in range(24) for content in contents][
+        :500
+    ]
+    started = time.perf_counter()
+    sound(asyncio.run(all_at_once(guard, many)))
+    part.add("500 checks at once", len(many) / (time.perf_counter() - started), "checks/s")
+    part.add("memory after them", megabytes(), "MB", 700)
+
     backend = LlamaCppBackend(flash_attention=True)
     attentive = Guard(backend=backend, reasoning="never")
-    sound(attentive.check(contents[0]))
+    sound([attentive.check(contents[0])])
     times = seconds_each(attentive, contents)
-    show(f"the same with flash attention, median of {len(times)}", f"{statistics.median(times):.2f} s")
+    part.add(f"one verdict with flash attention, median of {len(times)}", statistics.median(times), "s")
     asyncio.run(backend.aclose())
-    for reasoning in ("adaptive", "always"):
-        times = seconds_each(Guard(backend="embedded", reasoning=reasoning), contents[:8])
-        show(
-            f"one verdict, reasoning={reasoning}, median of {len(times)}", f"{statistics.median(times):.2f} s"
-        )
-    print(f"({os.cpu_count()} cores)")
+    part.save()
+
+
+async def all_at_once(guard: Guard, contents: Sequence[Content]) -> list[Verdict]:
+    return await asyncio.gather(*map(guard.acheck, contents))
 
 
 if __name__ == "__main__":

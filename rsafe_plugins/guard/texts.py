@@ -202,14 +202,15 @@ def parts(conversation: Sequence[Said], policy: Policy) -> list[Part]:
         text = "\n".join(message.said.text for message in messages)
         if number >= first and (text.strip() or (last and unreadable is None)):
             names = ", ".join(filter(None, dict.fromkeys(message.name for message in messages)))
-            history = tuple(_turn(message) for message in conversation[: run[0]])
+            history = tuple(turn_of(message) for message in conversation[: run[0]])
             found.append(Part(kind, Content(kind, text, names, history), tuple(run)))
         if unreadable is not None:
             found.append(Part(kind, unreadable, tuple(run)))
     return found
 
 
-def _turn(message: Said) -> Turn:
+def turn_of(message: Said) -> Turn:
+    """A message as a turn that was taken before."""
     text = message.said.text
     if message.kind == "tool_result":
         text = f"Tool result: {text}"

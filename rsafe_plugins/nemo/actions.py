@@ -1,42 +1,61 @@
-"""What the rails execute: a message in, NeMo's `RailOutcome` out."""
+"""What the rails execute: NeMo's messages, chunks and tool calls in, its `RailOutcome` out."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from hashlib import blake2b
 from itertools import groupby
 from typing import Any
 
+from cachetools import TTLCache
 from nemoguardrails import RailsConfig
 from nemoguardrails.actions import action
+from nemoguardrails.actions.actions import ActionResult
 from nemoguardrails.actions.rail_outcome import RailOutcome
 
-from rsafe_plugins.guard import Guard, Verdict
-from rsafe_plugins.guard.texts import Said, acheck_many, parts, text_of, worst
+from rsafe_plugins.errors import RSafeError, UnreadableContent
+from rsafe_plugins.guard import Content, Guard, Verdict
+from rsafe_plugins.guard.content import Turn
+from rsafe_plugins.guard.texts import Said, acheck_many, parts, text_of, turn_of, worst
+from rsafe_plugins.nemo.chunks import Chunks
+from rsafe_plugins.nemo.guards import Rail, RailGuards, policies_in
 from rsafe_plugins.policy import Policy
 
 log = logging.getLogger(__name__)
 
-INPUT_FLOW = "rsafe check input"
+_NO_VERDICT = "The guard gave no verdict."
+_JUST_NOW = 60.0  # seconds between two of NeMo's steps in one turn, at most
 
 
 class RailActions:
-    """The actions of the rails, with one guard behind all of them.
+    """The actions of the rails, with one engine behind all of them.
 
     They are system actions: NeMo pastes what other actions return into the main model's prompt. An exception
     that leaves them becomes NeMo's own "internal error" and blocks.
 
+    In all of them `policy` is the policy that the flow was given (`$policy=NAME`), and `config` the rail config.
+
     Args:
-        guard: Judges what the rails hand over.
+        guards: The guard of each rail; or one guard for all of them.
     """
 
-    def __init__(self, guard: Guard) -> None:
-        self.guard = guard
+    def __init__(self, guards: RailGuards | Guard) -> None:
+        self.guards = RailGuards(guards) if isinstance(guards, Guard) else guards
+        self._passed: TTLCache[bytes, Verdict] = TTLCache(maxsize=4096, ttl=_JUST_NOW)
+
+    @property
+    def guard(self) -> Guard:
+        """The guard of the rails that have none of their own."""
+        return self.guards.default
 
     @action(is_system_action=True)  # type: ignore[untyped-decorator]
     async def rsafe_check_input(
         self,
         text: object,
+        policy: object = None,
         events: Sequence[Mapping[str, Any]] = (),
         config: RailsConfig | None = None,
         **_: Any,
@@ -45,19 +64,22 @@ class RailActions:
 
         Args:
             text: The message: a string, or a list of content parts. One that isn't all text is a failed check.
+            policy: See the class.
             events: NeMo's events so far.
-            config: The rail config.
+            config: See the class.
 
         Raises:
             RSafeError: The check failed and `on_error` is `raise`.
         """
-        return await self._judge([*_said(events, config), Said("prompt", text_of(text))])
+        said = [*_said(events, config), Said("prompt", text_of(text))]
+        return await self._judge("input", policy, config, said)
 
     @action(is_system_action=True)  # type: ignore[untyped-decorator]
     async def rsafe_check_output(
         self,
         text: object,
         prompt: object,
+        policy: object = None,
         events: Sequence[Mapping[str, Any]] | None = None,
         config: RailsConfig | None = None,
         context: Mapping[str, Any] | None = None,
@@ -68,8 +90,9 @@ class RailActions:
         Args:
             text: The answer, or the part of it that is about to be streamed.
             prompt: What it answers; it counts where there are no events.
+            policy: See the class.
             events: NeMo's events so far; None while an answer streams.
-            config: The rail config.
+            config: See the class.
             context: NeMo's variables.
 
         Raises:
@@ -77,42 +100,215 @@ class RailActions:
         """
         answer = Said("response", text_of(text))
         if events is None:
-            return await self._judge([Said("prompt", text_of(prompt)), answer], only_last=True)
-        seen = not _input_rail_is_on(config, context) or _last_prompt_has_passed(events)
-        return await self._judge([*_said(events, config), answer], only_last=seen)
+            said = [Said("prompt", text_of(prompt)), answer]
+            return await self._judge("output", policy, config, said, only_last=True)
+        # In Colang 2 a conversation has no messages that went past its flows.
+        is_seen = (
+            _is_colang_2(config) or not _input_rail_is_on(config, context) or _last_prompt_has_passed(events)
+        )
+        return await self._judge(
+            "output", policy, config, [*_said(events, config), answer], only_last=is_seen
+        )
 
-    async def _judge(self, conversation: Sequence[Said], *, only_last: bool = False) -> RailOutcome:
+    @action(is_system_action=True)  # type: ignore[untyped-decorator]
+    async def rsafe_check_retrieval(
+        self,
+        text: object,
+        separate: object = None,
+        query: object = "",
+        policy: object = None,
+        config: RailsConfig | None = None,
+        **_: Any,
+    ) -> ActionResult:
+        """Judges the chunks that were retrieved, and takes out those that are blocked.
+
+        Args:
+            text: The chunks as the main model gets them.
+            separate: Each of them. What of the text is in none of them is judged as well.
+            query: What they were retrieved for.
+            policy: See the class.
+            config: See the class.
+
+        Returns:
+            The outcome; it never blocks. NeMo's variables hold the chunks that are left.
+
+        Raises:
+            RSafeError: A check failed and `on_error` is `raise`.
+        """
+        chunks = Chunks.of(text, separate)
+        guard = self.guards.of("retrieval", policy, config)
+        verdicts = await self._of_chunks(guard, chunks.judged, query)
+        kept = chunks.without({number for number, verdict in enumerate(verdicts) if verdict.blocked})
+        outcome = RailOutcome.allow(
+            reason=f"{sum(verdict.blocked for verdict in verdicts)} of {len(verdicts)} chunks removed",
+            metadata={"chunks": [rail_outcome(verdict, guard.policy).metadata for verdict in verdicts]},
+        )
+        return ActionResult(outcome, context_updates=kept.variables())
+
+    async def passed_chunks(self, texts: Sequence[str], query: str) -> list[bool]:
+        """For each chunk of a knowledge base whether the main model may see it.
+
+        Raises:
+            RSafeError: A check failed and `on_error` is `raise`.
+        """
+        verdicts = await self._of_chunks(self.guards.of("retrieval"), texts, query)
+        return [not verdict.blocked for verdict in verdicts]
+
+    async def _of_chunks(self, guard: Guard, texts: Sequence[str], query: object) -> list[Verdict]:
+        """A verdict for each chunk. One that has just passed keeps its verdict: NeMo hands it to two of us."""
+        asked = [Content.document(text, text_of(query).text) for text in texts]
+        keys = [
+            blake2b(repr((guard.policy.digest, one)).encode("utf-8", "replace")).digest() for one in asked
+        ]
+        known = [self._passed.get(key) for key in keys]
+        fresh = iter(await guard.acheck_many(one for one, v in zip(asked, known, strict=True) if v is None))
+        verdicts = [verdict or next(fresh) for verdict in known]
+        for key, verdict in zip(keys, verdicts, strict=True):
+            _log_failure("document", verdict)
+            if verdict.label == "safe":
+                self._passed[key] = verdict
+        return verdicts
+
+    @action(is_system_action=True)  # type: ignore[untyped-decorator]
+    async def rsafe_check_tool_call(
+        self,
+        tool_calls: object,
+        policy: object = None,
+        events: Sequence[Mapping[str, Any]] = (),
+        config: RailsConfig | None = None,
+        **_: Any,
+    ) -> RailOutcome:
+        """Judges the tool calls of one turn as one batch; the worst decides.
+
+        Nothing is raised, also where `on_error` is `raise`: NeMo would answer with its "internal error", and hand
+        the calls to the client beside it.
+
+        Args:
+            tool_calls: What the model asked for; each with a name and arguments, as OpenAI or LangChain has them.
+            policy: See the class.
+            events: NeMo's events so far.
+            config: See the class.
+        """
+        try:
+            guard = self.guards.of("tool_call", policy, config)
+            history = _turns(_said(events, config))
+            calls = tool_calls if isinstance(tool_calls, list | tuple) else [tool_calls]
+            contents = [replace(Content.tool_call(*_named_call(call)), history=history) for call in calls]
+            return await self._worst(guard, contents)
+        except Exception as error:
+            known = isinstance(error, RSafeError)
+            log.warning("No verdict on a tool_call: %s", error if known else type(error).__name__)
+            return RailOutcome.failure(reason=_NO_VERDICT)
+
+    @action(is_system_action=True)  # type: ignore[untyped-decorator]
+    async def rsafe_check_tool_result(
+        self,
+        results: object,
+        index: int = 0,
+        policy: object = None,
+        events: Sequence[Mapping[str, Any]] = (),
+        config: RailsConfig | None = None,
+        **_: Any,
+    ) -> RailOutcome:
+        """Judges the tools' results of one turn as one batch; the worst decides.
+
+        Args:
+            results: Mappings with `content` and `name`.
+            index: Which of them NeMo is at: it runs the rail for each, and the first run judges them all.
+            policy: See the class.
+            events: NeMo's events so far.
+            config: See the class.
+
+        Raises:
+            RSafeError: A check failed and `on_error` is `raise`.
+        """
+        if index > 0:
+            return RailOutcome.allow(reason="judged with the first result")
+        history = _turns(_said(events, config))
+        contents: list[Content | UnreadableContent] = []
+        for result in results if isinstance(results, list | tuple) else [results]:
+            known = result if isinstance(result, Mapping) else {"content": result}
+            said = text_of(known.get("content"))
+            name = str(known.get("name") or "")
+            contents.append(said.unreadable or Content("tool_result", said.text, name, history))
+        return await self._worst(self.guards.of("tool_result", policy, config), contents)
+
+    async def _judge(
+        self,
+        rail: Rail,
+        policy: object,
+        config: RailsConfig | None,
+        conversation: Sequence[Said],
+        *,
+        only_last: bool = False,
+    ) -> RailOutcome:
+        guard = self.guards.of(rail, policy, config)
         # NeMo has some messages in two events.
-        asked = parts([said for said, _ in groupby(conversation)], self.guard.policy)
+        asked = parts([said for said, _ in groupby(conversation)], guard.policy)
         if only_last:
             asked = [part for part in asked if part.messages == asked[-1].messages]
-        verdicts = await acheck_many(self.guard, [part.content for part in asked])
+        return await self._worst(guard, [part.content for part in asked])
+
+    async def _worst(self, guard: Guard, contents: Sequence[Content | UnreadableContent]) -> RailOutcome:
+        if not contents:
+            return RailOutcome.allow(reason="nothing to judge")
+        verdicts = await acheck_many(guard, contents)
         decides = worst(verdicts)
-        if (error := verdicts[decides].error) is not None:
-            # The outcome can be read by the client, who has no business with what broke.
-            log.warning("No verdict on a %s: %s", asked[decides].kind, error)
-        return rail_outcome(verdicts[decides], self.guard.policy)
+        content = contents[decides]
+        _log_failure(content.kind if isinstance(content, Content) else "message", verdicts[decides])
+        return rail_outcome(verdicts[decides], guard.policy)
 
 
-def _said(events: Sequence[Mapping[str, Any]], config: RailsConfig | None) -> list[Said]:
+def _log_failure(kind: str, verdict: Verdict) -> None:
+    if verdict.error is not None:
+        # The outcome can be read by the client, who has no business with what broke.
+        log.warning("No verdict on a %s: %s", kind, verdict.error)
+
+
+def _turns(said: Sequence[Said]) -> tuple[Turn, ...]:
+    return tuple(turn_of(message) for message, _ in groupby(said))
+
+
+def _named_call(call: object) -> tuple[str, str]:
+    """A tool call's name and arguments; of a call in another form all that it holds."""
+    known = call if isinstance(call, Mapping) else vars(call) if hasattr(call, "__dict__") else {}
+    function = known.get("function")
+    inner = function if isinstance(function, Mapping) else known
+    arguments = inner.get("arguments", inner.get("args"))
+    if isinstance(name := inner.get("name"), str) and arguments is not None:
+        return name, arguments if isinstance(arguments, str) else _json(arguments)
+    return "unknown", _json(call)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _said(events: Sequence[Any], config: RailsConfig | None) -> list[Said]:
     """What the main model gets to see of the conversation."""
     keys = {"UserMessage": "text"}
-    if config is not None and config.passthrough:
+    if config is not None and (config.passthrough or _is_colang_2(config)):
         # The model is then shown what a rail has blocked in an earlier turn, too.
         keys["UtteranceUserActionFinished"] = "final_transcript"
     said = []
     for event in events:
-        if key := keys.get(event["type"]):
-            said.append(Said("prompt", text_of(event[key])))
-        elif event["type"] == "StartUtteranceBotAction":
-            said.append(Said("response", text_of(event["script"])))
+        # Colang 2 has some of its events as objects.
+        known = event if isinstance(event, Mapping) else {**event.arguments, "type": event.name}
+        if key := keys.get(known["type"]):
+            said.append(Said("prompt", text_of(known[key])))
+        elif known["type"] == "StartUtteranceBotAction":
+            said.append(Said("response", text_of(known["script"])))
     return said
+
+
+def _is_colang_2(config: RailsConfig | None) -> bool:
+    return config is not None and config.colang_version != "1.0"
 
 
 def _input_rail_is_on(config: RailsConfig | None, context: Mapping[str, Any] | None) -> bool:
     options = (context or {}).get("generation_options") or {}
-    flows = config.rails.input.flows if config is not None else []
-    return INPUT_FLOW in flows and bool(options.get("rails", {}).get("input", True))
+    is_there = config is not None and bool(policies_in(config, "input"))
+    return is_there and bool(options.get("rails", {}).get("input", True))
 
 
 def _last_prompt_has_passed(events: Sequence[Mapping[str, Any]]) -> bool:
@@ -157,7 +353,7 @@ def rail_outcome(verdict: Verdict, policy: Policy) -> RailOutcome:
     }
     if verdict.label is None:
         outcome = RailOutcome.failure if verdict.blocked else RailOutcome.allow
-        return outcome(reason="The guard gave no verdict.", metadata=metadata)
+        return outcome(reason=_NO_VERDICT, metadata=metadata)
     named = ", ".join(f"{identifier} {names[identifier]}" for identifier in verdict.categories)
     outcome = RailOutcome.block if verdict.blocked else RailOutcome.allow
     return outcome(reason=f"{verdict.label}: {named}" if named else verdict.label, metadata=metadata)

@@ -1,17 +1,35 @@
-"""From a rail config to its guard."""
+"""From a rail config to its guards."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nemoguardrails import LLMRails, RailsConfig
+from nemoguardrails.rails.llm.config import Model
 
+from rsafe_plugins.backends import Backend, OpenAIBackend, shared_backend
 from rsafe_plugins.errors import SettingsError
 from rsafe_plugins.guard import Guard, GuardSettings
 from rsafe_plugins.nemo.actions import RailActions
+from rsafe_plugins.nemo.guards import RAILS, Rail, RailGuards
+from rsafe_plugins.nemo.knowledge import watch_knowledge_base
+from rsafe_plugins.policy import Policy
 
 KEY = "rsafe"
+POLICIES = "policies"
+MODEL_TYPE = "rsafe"
+
+# Engines of a `models:` entry that speak OpenAI's chat API, and where they are when no `base_url` says so.
+_SERVERS = {
+    "openai": "https://api.openai.com/v1",
+    "nim": "https://integrate.api.nvidia.com/v1",
+    "vllm_openai": None,
+    "ollama": "http://localhost:11434/v1",
+}
+_IN_PROCESS = ("llamacpp", "transformers", "vllm")
+_CLIENT_SETTINGS = ("timeout", "connect_timeout", "concurrency", "queue")
 
 
 def guard_from_config(config: RailsConfig) -> Guard:
@@ -20,24 +38,115 @@ def guard_from_config(config: RailsConfig) -> Guard:
     Args:
         config: Its `custom_data["rsafe"]` holds `GuardSettings` by name; in a config made in Python also a
             `Guard`. Without it the guard has the default settings. Relative paths of a policy, a template, a
-            dialect or thresholds are looked up in the config's folder, then in the working directory.
+            dialect or thresholds are looked up in the config's folder, then in the working directory. A model of
+            the type `rsafe` under `models` is the guard's engine where the settings name none.
 
     Raises:
         SettingsError: A setting is unknown or can't be used; the message names it.
         PolicyError: The policy can't be found or read.
         TemplateError: The template can't be found or read.
     """
+    given = _given(config)
+    if isinstance(given, Guard):
+        return given
+    values = {name: value for name, value in given.items() if name != POLICIES}
+    for name in ("policy", "template", "threshold", "dialect"):
+        if isinstance(value := values.get(name), str):
+            values[name] = _beside(config, value)
+    model = next((model for model in config.models if model.type == MODEL_TYPE), None)
+    if model is not None:
+        if values.get("backend") is not None:
+            raise SettingsError(
+                f"The guard's engine must be named once: by custom_data.{KEY}.backend, or by the model of the "
+                f"type {MODEL_TYPE}."
+            )
+        values["backend"] = backend_from_model(model)
+    return Guard.from_settings(GuardSettings.read(values, source=f"custom_data.{KEY}"))
+
+
+def guards_from_config(config: RailsConfig) -> RailGuards:
+    """The guard of each rail that a rail config describes.
+
+    Args:
+        config: As `guard_from_config` takes it. `custom_data["rsafe"]["policies"]` may hold a policy for each
+            rail: `input`, `output`, `retrieval`, `tool_call`, `tool_result`.
+
+    Raises:
+        SettingsError: A setting is unknown or can't be used, or a rail can't be told its policy.
+        PolicyError: A policy can't be found or read.
+        TemplateError: The template can't be found or read.
+    """
+    given = _given(config)
+    policies: object = None if isinstance(given, Guard) else given.get(POLICIES)
+    where = f"custom_data.{KEY}.{POLICIES}"
+    if not isinstance(policies, Mapping | None):
+        raise SettingsError(f"{where} must be a mapping of rails to policies, not {type(policies).__name__}.")
+    of_rails: dict[Rail, Policy | str | Path] = {}
+    for name, policy in (policies or {}).items():
+        if name not in RAILS:
+            raise SettingsError(f"{where} must name rails ({', '.join(RAILS)}), not {name!r}.")
+        if not isinstance(policy, Policy | str | Path):
+            raise SettingsError(f"{where}.{name} must be a policy's name or path, not {policy!r}.")
+        of_rails[name] = policy
+
+    def find(name: str | Path) -> Policy:
+        return Policy.load(_beside(config, str(name)))
+
+    guards = RailGuards(guard_from_config(config), of_rails, find)
+    guards.check(config)
+    return guards
+
+
+def backend_from_model(model: Model) -> Backend:
+    """The engine that an entry of `models:` names.
+
+    Args:
+        model: Its `engine` is one of OpenAI's chat API (`openai`, `nim`, `vllm_openai`, `ollama`), with
+            `parameters.base_url` and `api_key_env_var`, or one in this process (`llamacpp`, `transformers`,
+            `vllm`) or `embedded`.
+
+    Raises:
+        SettingsError: Something in it can't be used; the message names the key.
+    """
+    where = f"models[type={MODEL_TYPE}]"
+    if model.engine == "embedded":
+        return shared_backend("embedded")
+    parameters = dict(model.parameters)
+    if model.engine in _IN_PROCESS:
+        if not model.model:
+            raise SettingsError(
+                f"{where}.model must name the model that {model.engine} runs, and it is empty."
+            )
+        return shared_backend(f"{model.engine}:{model.model}")
+    if model.engine not in _SERVERS:
+        engines = ", ".join((*_SERVERS, *_IN_PROCESS, "embedded"))
+        raise SettingsError(f"{where}.engine must be one of {engines}, not {model.engine!r}.")
+    url = parameters.pop("base_url", None) or _SERVERS[model.engine]
+    if url is None:
+        raise SettingsError(f"{where}.parameters.base_url must say where the server is, and it is missing.")
+    if unknown := sorted(set(parameters) - set(_CLIENT_SETTINGS)):
+        raise SettingsError(
+            f"{where}.parameters must hold base_url, {', '.join(_CLIENT_SETTINGS)} only, not {', '.join(unknown)}."
+        )
+    try:
+        return OpenAIBackend(url, model.model, api_key_env=model.api_key_env_var, **parameters)
+    except (SettingsError, TypeError) as error:
+        raise SettingsError(f"{where}: {error}") from error
+
+
+def _given(config: RailsConfig) -> Guard | Mapping[str, Any]:
     given = config.custom_data.get(KEY)
     if isinstance(given, Guard):
         return given
     if not isinstance(given, Mapping | None):
         raise SettingsError(f"custom_data.{KEY} must be a mapping of settings, not {type(given).__name__}.")
-    values = {str(name): value for name, value in (given or {}).items()}
-    for name in ("policy", "template", "threshold", "dialect"):
-        if isinstance(value := values.get(name), str) and config.config_path:
-            beside = Path(config.config_path) / value
-            values[name] = beside if beside.is_file() else value
-    return Guard.from_settings(GuardSettings.read(values, source=f"custom_data.{KEY}"))
+    return {str(name): value for name, value in (given or {}).items()}
+
+
+def _beside(config: RailsConfig, name: str) -> str | Path:
+    """The file of that name in the config's folder; without one, the name."""
+    beside = Path(config.config_path) / name if config.config_path else None
+    return beside if beside is not None and beside.is_file() else name
 
 
 def register(app: LLMRails) -> None:
@@ -51,6 +160,29 @@ def register(app: LLMRails) -> None:
         PolicyError: The policy can't be found or read.
         TemplateError: The template can't be found or read.
     """
-    actions = RailActions(guard_from_config(app.config))
-    app.register_action(actions.rsafe_check_input)
-    app.register_action(actions.rsafe_check_output)
+    actions = RailActions(guards_from_config(app.config))
+    _take_model(app, actions.guard)
+    for action in (
+        actions.rsafe_check_input,
+        actions.rsafe_check_output,
+        actions.rsafe_check_retrieval,
+        actions.rsafe_check_tool_call,
+        actions.rsafe_check_tool_result,
+    ):
+        app.register_action(action)
+    watch_knowledge_base(app, actions.passed_chunks)
+
+
+def _take_model(app: LLMRails, guard: Guard) -> None:
+    """Takes the guard's model out of those for which NeMo makes clients of its own."""
+    if any(model.type == MODEL_TYPE for model in app.config.models):
+        app.config.models = [model for model in app.config.models if model.type != MODEL_TYPE]
+        app.config.custom_data = {
+            **app.config.custom_data,
+            KEY: {**_settings(app.config), "backend": guard.backend},
+        }
+
+
+def _settings(config: RailsConfig) -> Mapping[str, Any]:
+    given = _given(config)
+    return {} if isinstance(given, Guard) else given

@@ -8,11 +8,11 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rsafe_plugins import Content, Policy
-from rsafe_plugins.backends import Backend, Completion, Request, VLLMBackend
+from rsafe_plugins.backends import Backend, Completion, Request, TransformersBackend, VLLMBackend
 from rsafe_plugins.backends.weights import embedded_weights
 from rsafe_plugins.errors import BackendUnavailable
 from rsafe_plugins.guard.prompt import GuardPrompt
-from rsafe_plugins.testing.conformance import BackendConformance
+from rsafe_plugins.testing.conformance import BackendConformance, assert_backends_agree
 
 pytestmark = pytest.mark.vllm
 
@@ -40,6 +40,12 @@ def make_backend(folder: Path) -> Callable[[], VLLMBackend]:
 
 class TestVLLMBackend(BackendConformance):
     too_long_words = 10_000
+
+
+def test_vllm_and_transformers_agree_on_the_same_weights(backend: Backend, folder: Path) -> None:
+    other = TransformersBackend(folder, dtype="float32")
+    assert_backends_agree(backend, other)
+    asyncio.run(other.aclose())
 
 
 def test_policies_are_served_from_the_prefix_cache(backend: Backend) -> None:

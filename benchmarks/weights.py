@@ -1,0 +1,47 @@
+"""The embedded guard's merged weights as a folder for transformers and vLLM, which read no such GGUF."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import rsafe_plugins
+from benchmarks.record import FOLDER
+from rsafe_plugins import Content, Guard, Verdict
+from rsafe_plugins.backends.merge import merged_weights
+from rsafe_plugins.backends.weights import cache_folder, embedded_weights
+
+ADAPTER = Path(rsafe_plugins.__file__).parent / "backends" / "data" / "guard-adapter.gguf"
+
+
+def guard_folder() -> Path:
+    """Made at the first call, then kept."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = FOLDER / "guard"
+    if not (path / "config.json").exists():
+        merged = merged_weights(embedded_weights(), ADAPTER, cache_folder())
+        where = {"pretrained_model_name_or_path": merged.parent, "gguf_file": merged.name}
+        model = AutoModelForCausalLM.from_pretrained(**where)
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        AutoTokenizer.from_pretrained(**where).save_pretrained(path)
+        model.save_pretrained(path)
+    return path
+
+
+def percent_cached(verdicts: Sequence[Verdict], tokenizer: Any, guard: Guard, content: Content) -> float:
+    """How much of the policy the prefix cache served, on average over checks of one request each."""
+    static = static_tokens(tokenizer, guard, content)
+    return 100 * statistics.mean(min(1.0, verdict.usage.cached_tokens / static) for verdict in verdicts)
+
+
+def static_tokens(tokenizer: Any, guard: Guard, content: Content) -> int:
+    """Tokens of the prompt's part that is the same for every content of this kind."""
+    (message,) = guard.dialect.messages(guard.policy, content)
+    chat = [{"role": message.role, "content": message.content[: message.static]}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    end = text.index(chat[0]["content"].strip()) + len(chat[0]["content"].rstrip())
+    return len(tokenizer.encode(text[:end], add_special_tokens=False))

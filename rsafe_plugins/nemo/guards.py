@@ -1,0 +1,129 @@
+"""Which guard judges for which rail."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal, get_args
+
+from nemoguardrails import RailsConfig
+
+from rsafe_plugins.errors import PolicyError, SettingsError
+from rsafe_plugins.guard import Guard
+from rsafe_plugins.policy import ContentKind, Policy
+
+Rail = Literal["input", "output", "retrieval", "tool_call", "tool_result"]
+RAILS: tuple[Rail, ...] = get_args(Rail)
+
+_KINDS: dict[Rail, ContentKind] = {
+    "input": "prompt",
+    "output": "response",
+    "retrieval": "document",
+    "tool_call": "tool_call",
+    "tool_result": "tool_result",
+}
+_FLOWS: dict[Rail, Callable[[RailsConfig], list[str]]] = {
+    "input": lambda config: config.rails.input.flows,
+    "output": lambda config: config.rails.output.flows,
+    "retrieval": lambda config: config.rails.retrieval.flows,
+    "tool_call": lambda config: config.rails.tool_output.flows,
+    "tool_result": lambda config: config.rails.tool_input.flows,
+}
+_FLOW = re.compile(r"\s*([^$(]*?)\s*(?:[$(].*)?", re.DOTALL)
+_POLICY = re.compile(r"""[$(,\s]policy\s*=\s*["']?([^"',)\s]+)""")
+
+
+def flow_of(rail: Rail) -> str:
+    """The name of a rail's flow."""
+    return f"rsafe check {rail.replace('_', ' ')}"
+
+
+def policies_in(config: RailsConfig, rail: Rail) -> list[str | None]:
+    """The policy of each of our flows in this rail of the config; None where it names none."""
+    found: list[str | None] = []
+    for flow in _FLOWS[rail](config):
+        name = _FLOW.fullmatch(flow)
+        if name is not None and name[1] == flow_of(rail):
+            given = _POLICY.search(flow)
+            found.append(given[1] if given else None)
+    return found
+
+
+class RailGuards:
+    """The guards of an app: one for each policy that a rail names, all with the same engine and settings.
+
+    Args:
+        default: The guard of the rails that name no policy.
+        policies: The policy of a rail's guard where its flow names none: a policy, or what `find` takes.
+        find: What a policy's name or path means in this app.
+    """
+
+    def __init__(
+        self,
+        default: Guard,
+        policies: Mapping[Rail, Policy | str | Path] | None = None,
+        find: Callable[[str | Path], Policy] = Policy.load,
+    ) -> None:
+        self.default = default
+        self._policies = dict(policies or {})
+        self._find = find
+        self._guards: dict[str, Guard] = {}
+
+    def of(self, rail: Rail, policy: object = None, config: RailsConfig | None = None) -> Guard:
+        """The guard of a rail.
+
+        Args:
+            rail: The rail.
+            policy: What its action was given. Clients can set NeMo's variables, so that in Colang 1.0 it counts
+                only where the config names several policies for the rail, and only if it is one of them.
+            config: The rail config.
+
+        Raises:
+            SettingsError: It is none of them.
+            PolicyError: The policy can't be found or read.
+        """
+        given = policy if isinstance(policy, str) and not policy.startswith("$") else None
+        if config is not None:
+            named = policies_in(config, rail)
+            if len(named) > 1 and given not in named:
+                raise SettingsError(
+                    f"The flow '{flow_of(rail)}' must be given one of the policies {named}, not {given!r}."
+                )
+            if len(named) <= 1 and config.colang_version == "1.0":
+                given = named[0] if named else None
+        return self._guard(given or self._policies.get(rail))
+
+    def check(self, config: RailsConfig) -> None:
+        """Finds now what would fail at the first request.
+
+        Raises:
+            SettingsError: A rail has no category to judge by, or several of its flows can't be told apart.
+            PolicyError: A policy can't be found or read.
+        """
+        for rail in RAILS:
+            named = policies_in(config, rail)
+            if len(named) > 1 and (None in named or len(set(named)) < len(named)):
+                raise SettingsError(
+                    f"Several flows '{flow_of(rail)}' must each name a policy of its own, as in "
+                    f"'{flow_of(rail)} $policy=mlcommons', and they name {named}."
+                )
+            for name in named:
+                policy = self._guard(name or self._policies.get(rail)).policy
+                try:
+                    policy.for_kind(_KINDS[rail])
+                except PolicyError as error:
+                    raise SettingsError(
+                        f"The flow '{flow_of(rail)}' needs a policy with a category that applies to "
+                        f"{_KINDS[rail]}, and {policy.name!r} has none: set custom_data.rsafe.policies.{rail}."
+                    ) from error
+
+    def _guard(self, policy: Policy | str | Path | None) -> Guard:
+        if policy is None:
+            return self.default
+        key = policy.digest if isinstance(policy, Policy) else str(policy)
+        if key not in self._guards:
+            found = policy if isinstance(policy, Policy) else self._find(policy)
+            settings = self.default.settings.model_copy(update={"policy": found})
+            self._guards[key] = Guard.from_settings(settings)
+        return self._guards[key]

@@ -1,0 +1,181 @@
+"""The rails under Colang 2."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+
+import pytest
+from nemoguardrails import LLMRails, RailsConfig
+from support.nemo import ANSWER, REFUSAL, SAFE, THOUGHT, UNSAFE, MainModel, judged, unsafe_where, user
+
+from rsafe_plugins.backends import Backend, Request
+from rsafe_plugins.errors import BackendError
+from rsafe_plugins.testing import ScriptedBackend
+
+IMPORTS = "import core\nimport guardrails\nimport rsafe_plugins.rails\n"
+CHAT = """
+flow input rails $input_text
+  rsafe check input
+
+flow output rails $output_text
+  rsafe check output
+
+flow main
+  user said something
+  bot say "The sea is calm today."
+"""
+
+
+def build(backend: Backend, flows: str = CHAT, *, more: str = "", **settings: object) -> LLMRails:
+    config = RailsConfig.from_content(
+        colang_content=IMPORTS + flows,
+        yaml_content=f'colang_version: "2.x"\nmodels: []\nimport_paths: [rsafe_plugins/rails]\n{more}',
+    )
+    config.custom_data["rsafe"] = {"backend": backend, **settings}
+    return LLMRails(config, llm=MainModel())
+
+
+async def reply(app: LLMRails, text: str = "How is the sea?") -> str:
+    return str((await app.generate_async(messages=[user(text)]))["content"])
+
+
+async def test_a_harmless_exchange_passes_and_each_message_is_judged_once() -> None:
+    backend = ScriptedBackend(SAFE)
+    assert await reply(build(backend)) == ANSWER
+    prompt, answer = judged(backend)
+    assert prompt.startswith("User: How is the sea?\n<END")
+    assert answer.startswith(f"User: How is the sea?\nAgent: {ANSWER}\n<END")
+
+
+@pytest.mark.parametrize("part", ["How is the sea?\n<END", ANSWER], ids=["input", "output"])
+async def test_what_is_blocked_is_refused(part: str) -> None:
+    assert await reply(build(unsafe_where(part))) == REFUSAL
+
+
+async def test_the_users_own_refusal_is_said() -> None:
+    own = '\n@override\nflow bot refuse to respond\n  bot say "Let us talk about the sea."\n'
+    backend = ScriptedBackend(lambda request: UNSAFE if "about the sea" not in str(request) else SAFE)
+    assert await reply(build(backend, CHAT + own)) == "Let us talk about the sea."
+
+
+async def hang(request: Request) -> str:
+    await asyncio.Event().wait()
+    return SAFE
+
+
+FAULTS: dict[str, Backend] = {
+    "hung": ScriptedBackend(hang),
+    "reports an error": ScriptedBackend(BackendError("no memory left")),
+    "crashes": ScriptedBackend(RuntimeError("segfault")),
+    "drops the request": ScriptedBackend(asyncio.CancelledError()),
+    "writes garbage": ScriptedBackend("Sure, that is safe."),
+    "scores NaN": ScriptedBackend(candidates={"safe": math.nan, "unsafe": math.nan}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("on_error", ["block", "allow", "raise"])
+async def test_a_failed_guard_does_what_on_error_says(fault: str, on_error: str) -> None:
+    timeout = 0.2 if fault == "hung" else 60
+    app = build(FAULTS[fault], on_error=on_error, timeout=timeout)
+    answer = await reply(app)
+    if on_error == "raise":
+        # NeMo ends the flow of an action that raises, and nobody answers.
+        assert ANSWER not in answer
+    else:
+        assert answer == {"block": REFUSAL, "allow": ANSWER}[on_error]
+
+
+async def test_nothing_of_the_guards_thought_is_returned() -> None:
+    backend = ScriptedBackend(f"<think>{THOUGHT}</think>\n\\boxed{{unsafe}}\nCategories: U9, {THOUGHT}")
+    app = build(backend)
+    message = await app.generate_async(messages=[user("How is the sea?")])
+    assert THOUGHT not in repr(message)
+    output, state = await app.process_events_async(
+        [{"type": "UtteranceUserActionFinished", "final_transcript": "How is the sea?"}]
+    )
+    assert THOUGHT not in repr(output)
+    assert THOUGHT not in repr(state)
+
+
+async def test_each_instance_judges_under_its_own_policy() -> None:
+    flows = CHAT.replace("rsafe check input", 'rsafe check input $policy="mlcommons"')
+    backend = ScriptedBackend(SAFE)
+    assert await reply(build(backend, flows)) == ANSWER
+    first, second = (request.messages[-1].content for request in backend.requests)
+    assert "S1: Violent Crimes" in first
+    assert "S1: Violent Crimes" not in second
+
+
+async def test_a_policy_that_is_not_there_blocks() -> None:
+    flows = CHAT.replace("rsafe check input", 'rsafe check input $policy="nonsense"')
+    assert ANSWER not in await reply(build(ScriptedBackend(SAFE), flows))
+
+
+async def test_a_conversation_of_several_turns_is_judged_as_one() -> None:
+    flows = CHAT.replace("flow main\n", "flow main\n  activate chat\n\nflow chat\n")
+    backend = ScriptedBackend(SAFE)
+    app = build(backend, flows)
+    state = None
+    for text in ("one", "two"):
+        said = {"type": "UtteranceUserActionFinished", "final_transcript": text}
+        output, state = await app.process_events_async([said], state)
+        spoken = [event for event in output if event["type"] == "StartUtteranceBotAction"]
+        finished = [
+            {
+                **event,
+                "type": "UtteranceBotActionFinished",
+                "final_script": event["script"],
+                "is_success": True,
+            }
+            for event in spoken
+        ]
+        _, state = await app.process_events_async(finished, state)
+    prompts = [text for text in judged(backend) if text.partition("\n<END")[0].endswith("User: two")]
+    assert prompts == [f"User: one\nAgent: {ANSWER}\nUser: two\n<END CONVERSATION>"]
+
+
+RETRIEVAL = """
+flow main
+  user said something
+  global $relevant_chunks
+  global $relevant_chunks_sep
+  $relevant_chunks = "one\\nBAD two\\nthree"
+  $relevant_chunks_sep = ["one", "BAD two", "three"]
+  rsafe check retrieval
+  bot say "{$relevant_chunks}"
+"""
+
+
+async def test_flagged_chunks_are_removed() -> None:
+    answer = await reply(build(unsafe_where("BAD"), RETRIEVAL))
+    assert answer.split() == ["one", "three"]
+
+
+TOOLS = """
+flow main
+  user said something
+  rsafe check tool call $tool_calls=[{"name": "run", "args": {"command": "COMMAND"}}]
+  rsafe check tool result $results=[{"name": "run", "content": "RESULT"}]
+  bot say "Done."
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "result", "said"),
+    [("ls", "a file", "Done."), ("BAD", "a file", REFUSAL), ("ls", "BAD", REFUSAL)],
+)
+async def test_tool_calls_and_results_are_judged(command: str, result: str, said: str) -> None:
+    flows = TOOLS.replace("COMMAND", command).replace("RESULT", result)
+    assert await reply(build(unsafe_where("BAD"), flows)) == said
+
+
+@pytest.mark.parametrize("on", [True, False])
+async def test_nothing_that_was_blocked_is_streamed(on: bool) -> None:
+    app = build(unsafe_where(ANSWER))
+    app.config.rails.output.streaming.enabled = on
+    app.config.rails.output.streaming.stream_first = False
+    streamed = "".join([chunk async for chunk in app.stream_async(messages=[user("How is the sea?")])])
+    print("STREAMED", streamed)
+    assert ANSWER not in streamed

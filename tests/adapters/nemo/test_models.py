@@ -1,0 +1,91 @@
+"""The guard's engine as a model of the type `rsafe`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from nemoguardrails import LLMRails, RailsConfig
+from support.nemo import MainModel
+
+from rsafe_plugins.backends import LlamaCppBackend, OpenAIBackend, TransformersBackend
+from rsafe_plugins.errors import SettingsError
+from rsafe_plugins.nemo import guard_from_config
+from rsafe_plugins.testing import ScriptedBackend
+
+URL = "http://127.0.0.1:9/v1"
+
+
+def config(model: str, rsafe: dict[str, Any] | None = None) -> RailsConfig:
+    made = RailsConfig.from_content(
+        yaml_content=f"models:\n  - {{type: rsafe, {model}}}\n"
+        "import_paths: [rsafe_plugins/rails]\nrails: {input: {flows: [rsafe check input]}}\n"
+    )
+    made.custom_data["rsafe"] = rsafe or {}
+    return made
+
+
+@pytest.mark.parametrize("engine", ["openai", "nim", "vllm_openai", "ollama"])
+def test_a_server_is_asked_by_our_own_client(engine: str) -> None:
+    guard = guard_from_config(config(f"engine: {engine}, model: a-guard, parameters: {{base_url: '{URL}'}}"))
+    assert isinstance(guard.backend, OpenAIBackend)
+    assert guard.backend.model == "a-guard"
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        ("engine: embedded, model: guard", LlamaCppBackend),
+        ("engine: llamacpp, model: guard.gguf", LlamaCppBackend),
+        ("engine: transformers, model: some/guard", TransformersBackend),
+    ],
+)
+def test_an_engine_may_be_in_this_process(model: str, kind: type) -> None:
+    assert isinstance(guard_from_config(config(model)).backend, kind)
+
+
+def test_the_key_is_read_from_the_variable_that_the_model_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GUARD_KEY", "secret")
+    made = config(f"engine: openai, model: g, api_key_env_var: GUARD_KEY, parameters: {{base_url: '{URL}'}}")
+    assert "secret" not in repr(vars(guard_from_config(made).backend))
+
+
+def test_an_app_is_built_with_it_and_can_be_built_again() -> None:
+    made = config(
+        f"engine: openai, model: a-guard, parameters: {{base_url: '{URL}'}}", {"policy": "mlcommons"}
+    )
+    for _ in range(2):
+        rails = LLMRails(made, llm=MainModel())
+        guard = guard_from_config(rails.config)
+        assert (guard.backend.model, guard.policy.name) == ("a-guard", "mlcommons")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("engine: magic, model: g", r"models\[type=rsafe\]\.engine must be one of .*, not 'magic'"),
+        ("engine: vllm_openai, model: g", r"models\[type=rsafe\]\.parameters\.base_url must say"),
+        ("engine: openai, model: g, parameters: {base_url: 'ftp://x'}", r"models\[type=rsafe\]: "),
+        ("engine: openai, model: g, parameters: {base_url: 'http://x', temperature: 1}", "not temperature"),
+        (
+            "engine: openai, model: g, parameters: {base_url: 'http://x', timeout: -1}",
+            r"models\[type=rsafe\]: timeout",
+        ),
+    ],
+)
+def test_what_cannot_be_used_is_named(model: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        guard_from_config(config(model))
+
+
+def test_the_engine_is_named_once() -> None:
+    made = config("engine: embedded, model: guard", {"backend": ScriptedBackend("")})
+    with pytest.raises(SettingsError, match="must be named once"):
+        guard_from_config(made)
+
+
+def test_a_setting_that_is_not_there_is_named_when_the_app_is_built() -> None:
+    made = config("engine: magic, model: g")
+    with pytest.raises(RuntimeError) as raised:
+        LLMRails(made, llm=MainModel())
+    assert isinstance(raised.value.__cause__, SettingsError)
