@@ -38,7 +38,8 @@ _TRIES = 3  # of one request, or one for each server where there are more
 _FIRST_PAUSE = 0.25  # seconds before a server is asked again, doubled each time
 _LONGEST_PAUSE = 10.0  # seconds that we wait because a server tells us to
 _LONGEST_ASIDE = 30.0  # seconds for which a server that fails isn't chosen
-_NEGLIGIBLE = math.log(1e-3)
+_NEGLIGIBLE = math.log(0.02)
+_IMPOSSIBLE = -100.0  # of a log-probability: what greedy drawing makes of the tokens that it doesn't draw
 _TOO_LONG = re.compile(
     r"context[ _-]?(length|size|window)|maximum.{0,20}length|longer than|too long|too many tokens", re.I
 )
@@ -124,7 +125,7 @@ class OpenAIBackend(Backend):
 
         A candidate's log-probability is read right after the prefill, as text: the sum over the ways in which
         the likeliest next tokens spell it. It is an upper bound where they don't, and where a way is less than
-        a thousandth as likely as another, whose end isn't looked at.
+        a fiftieth as likely as another, whose end isn't looked at.
 
         Raises:
             BackendUnavailable: It was closed, or the package `openai` isn't installed.
@@ -301,14 +302,18 @@ class OpenAIBackend(Backend):
         if not all(whole.values()):
             raise BackendError("A candidate must not be empty, and one is.")
         found: dict[str, list[float]] = {name: [] for name in request.candidates}
-        usage = Usage()
+        glimpsed = await self._glimpse(server, skills, request)
+        known, usage = glimpsed.known, glimpsed.usage
+        bounded: set[str] = set()
         open_paths = {b"": 0.0}
         while open_paths:
             path, so_far = open_paths.popitem()
-            prefill = request.prefill + path.decode()
-            answer = await self._ask(server, _scoring_body(request, prefill, skills))
-            usage += _used(answer)
-            following = _next_pieces(answer)
+            following = known.get(path, {})
+            if not following:
+                prefill = request.prefill + path.decode()
+                answer = await self._ask(server, _scoring_body(request, prefill, skills))
+                usage += _used(answer)
+                following = next(iter(_likeliest(answer)), {})
             if not following:
                 raise _malformed(server, "list of likeliest tokens")
             tails = {name: text[len(path) :] for name, text in whole.items() if text.startswith(path)}
@@ -331,17 +336,42 @@ class OpenAIBackend(Backend):
                     if is_whole or best is None or logprob - best < _NEGLIGIBLE or not _is_text(path + piece):
                         found[name].append(so_far + logprob)
                     else:
-                        followed[path + piece] = so_far + logprob
+                        longer = path + piece
+                        if request.exact or longer in known:
+                            followed[longer] = so_far + logprob
+                        else:
+                            found[name].append(so_far + logprob)
+                            bounded.add(name)
             for longer, logprob in followed.items():
                 open_paths[longer] = _log_sum([logprob, open_paths.get(longer, -math.inf)])
         logprobs = {name: _log_sum(ways) for name, ways in found.items()}
         # Upper bounds may add up to more than everything.
         excess = max(0.0, _log_sum(list(logprobs.values())))
         return Completion(
-            finish_reason="candidates",
+            text=glimpsed.text,
+            finish_reason=glimpsed.finish_reason,
             logprobs=MappingProxyType({name: logprob - excess for name, logprob in logprobs.items()}),
+            bounded=frozenset(bounded),
             usage=usage,
         )
+
+    async def _glimpse(self, server: _Server, skills: _Skills, request: Request) -> _Glimpse:
+        if not (request.glimpse and server.tells_when_greedy):
+            return _Glimpse()
+        asked = replace(request, max_tokens=request.glimpse, stop=(), candidates=())
+        answer = await self._ask(server, _body(asked, skills, skills.top))
+        likeliest = _likeliest(answer)
+        if not likeliest or len(likeliest[0]) < 2 or min(likeliest[0].values()) < _IMPOSSIBLE:
+            server.tells_when_greedy = False
+            return _Glimpse(usage=_used(answer))
+        known: dict[bytes, Mapping[bytes, float]] = {}
+        path = b""
+        for token, following in zip(_drawn(answer), likeliest, strict=True):
+            known[path] = following
+            path += token
+        choice = answer.choices[0]
+        text = _generated(choice, request.prefill, repeats=skills.repeats) or ""
+        return _Glimpse(known, text, "stop" if choice.finish_reason == "stop" else "length", _used(answer))
 
     async def _ask(self, server: _Server, body: Mapping[str, Any]) -> _Answer:
         """Sends a chat request and reads the answer.
@@ -464,6 +494,23 @@ class _Skills:
     greedy: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class _Glimpse:
+    """A greedy answer's beginning.
+
+    Attributes:
+        known: The likeliest tokens after each of its beginnings.
+        text: It.
+        finish_reason: How it ended, if there is one.
+        usage: What it cost.
+    """
+
+    known: Mapping[bytes, Mapping[bytes, float]] = field(default_factory=dict)
+    text: str = ""
+    finish_reason: Literal["stop", "length", "candidates"] = "candidates"
+    usage: Usage = field(default_factory=Usage)
+
+
 # From the best to the plainest; the first that isn't refused is taken. 20 is the most that OpenAI and vLLM tell
 # unless configured otherwise. The last is for OpenAI's reasoning models.
 _WAYS_OF_ASKING = (
@@ -501,7 +548,7 @@ def _proven(skills: _Skills, answer: _Answer) -> _Skills:
             break
     else:
         return plain
-    following = _next_pieces(answer)
+    following = next(iter(_likeliest(answer)), {})
     best = max(following, key=following.__getitem__) if len(following) > 1 else b""
     tells = best != b"" and (_NEXT.encode().startswith(best) or best.startswith(_NEXT.encode()))
     return _Skills(continues=True, flags=skills.flags, repeats=repeats, top=skills.top if tells else 0)
@@ -516,6 +563,8 @@ class _Server:
     busy: int = 0
     skills: _Skills | None = None
     probe: asyncio.Task[_Skills] | None = None
+    # Whether it tells the model's own probabilities at temperature 0, too; True until it shows that it doesn't.
+    tells_when_greedy: bool = True
     failures: int = 0
     aside_until: float = 0.0
 
@@ -592,6 +641,8 @@ class _Token(BaseModel):
 
 
 class _Position(BaseModel):
+    token: str = ""
+    bytes: list[Annotated[int, Field(ge=0, le=255)]] | None = None
     top_logprobs: list[_Token] = []
 
 
@@ -688,16 +739,27 @@ def _after(prefix: str, text: str) -> str | None:
     return text[end:]
 
 
-def _next_pieces(answer: _Answer) -> dict[bytes, float]:
-    """The likeliest first tokens of an answer with their log-probabilities; tokens of the same text as one."""
+def _drawn(answer: _Answer) -> list[bytes]:
+    """The tokens of an answer."""
     logprobs = answer.choices[0].logprobs
-    if logprobs is None or not logprobs.content:
-        return {}
-    pieces: dict[bytes, float] = {}
-    for token in logprobs.content[0].top_logprobs:
-        piece = bytes(token.bytes) if token.bytes is not None else token.token.encode()
-        pieces[piece] = min(0.0, _log_sum([token.logprob, pieces.get(piece, -math.inf)]))
-    return pieces
+    return [_raw(position) for position in (logprobs and logprobs.content) or ()]
+
+
+def _likeliest(answer: _Answer) -> list[dict[bytes, float]]:
+    """At each place of an answer the likeliest tokens with their log-probabilities; those of the same text as one."""
+    logprobs = answer.choices[0].logprobs
+    places = []
+    for position in (logprobs and logprobs.content) or ():
+        pieces: dict[bytes, float] = {}
+        for token in position.top_logprobs:
+            piece = _raw(token)
+            pieces[piece] = min(0.0, _log_sum([token.logprob, pieces.get(piece, -math.inf)]))
+        places.append(pieces)
+    return places
+
+
+def _raw(token: _Token | _Position) -> bytes:
+    return bytes(token.bytes) if token.bytes is not None else token.token.encode()
 
 
 def _spells(piece: bytes, tail: bytes) -> bool:

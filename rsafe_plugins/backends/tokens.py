@@ -11,7 +11,6 @@ Tokens = tuple[int, ...]
 NextTokens = Callable[[Tokens, set[int]], Awaitable[tuple[Mapping[int, float], float]]]
 
 _LONGEST_TOKEN = 256  # bytes; no vocabulary we know has a longer one
-_NEGLIGIBLE = math.log(1e-6)
 
 
 def check_text(text: str, context: int | None = None) -> None:
@@ -51,16 +50,21 @@ def common_length(first: Tokens, second: Tokens) -> int:
     return low
 
 
-async def walk_candidates(tails: Mapping[str, Tokens], next_tokens: NextTokens) -> dict[str, float]:
+async def walk_candidates(
+    tails: Mapping[str, Tokens],
+    next_tokens: NextTokens,
+    negligible: float = 1e-6,
+    may_follow: Callable[[Tokens], bool] = lambda path: True,
+) -> dict[str, float]:
     """The log-probability of each candidate, a step a token; of labels, nearly always one or two steps.
-
-    Of a candidate whose first token is less than a millionth as likely as another candidate's, the later tokens
-    aren't looked at; what it gets is an upper bound.
 
     Args:
         tails: Each candidate's tokens after what all share; none is empty, none begins with another.
         next_tokens: Given a path of tokens and the tokens that may follow it: log-probabilities of the following
             token, and an upper bound for those that it doesn't hold.
+        negligible: Of a candidate whose first token is less than so many times as likely as another candidate's,
+            the later tokens aren't looked at; what it gets is an upper bound.
+        may_follow: Whether the tokens after a path are looked at; where not, likewise.
     """
     logprobs: dict[str, float] = {}
     open_paths: dict[Tokens, float] = {(): 0.0}
@@ -76,6 +80,11 @@ async def walk_candidates(tails: Mapping[str, Tokens], next_tokens: NextTokens) 
             for name in longer:
                 logprobs[name] = so_far + logprob
             goes_on = any(len(tails[name]) > len(path) + 1 for name in longer)
-            if goes_on and step in following and logprob - best > _NEGLIGIBLE:
+            if (
+                goes_on
+                and step in following
+                and logprob - best > math.log(negligible)
+                and may_follow((*path, step))
+            ):
                 open_paths[(*path, step)] = so_far + logprob
     return {name: logprobs[name] for name in tails}

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from rsafe_plugins.backends.base import Backend, Completion, Request, Usage, check_at_least_one
 from rsafe_plugins.backends.encoding import Encoded, encode
@@ -19,6 +19,8 @@ from rsafe_plugins.backends.tokens import Tokens, walk_candidates
 from rsafe_plugins.errors import BackendError, BackendUnavailable
 
 T = TypeVar("T")
+
+_NEGLIGIBLE = 0.02
 
 _MISSING = (
     'vLLM isn\'t installed here: pip install "rsafe-plugins[vllm]", in an environment of its own. Or serve the model '
@@ -88,7 +90,7 @@ class VLLMBackend(Backend):
         """Answers each request, in order.
 
         A candidate's log-probability is exact: the sum over all its tokens, right after the prefill. That of a
-        candidate whose first token is less than a millionth as likely as another candidate's is an upper bound.
+        candidate whose first token is less than a fiftieth as likely as another candidate's is an upper bound.
 
         Raises:
             BackendUnavailable: vLLM can't be started, or the backend was closed.
@@ -279,23 +281,38 @@ class _Running:
         (answer,) = output.outputs
         return Completion(
             text=answer.text,
-            finish_reason="length" if answer.finish_reason == "length" else "stop",
+            finish_reason=_end(answer.finish_reason),
             usage=_usage(output, len(answer.token_ids)),
         )
 
     async def _score(self, encoded: Encoded) -> Completion:
-        usage: Usage | None = None
+        glimpse, is_exact = encoded.request.glimpse, encoded.request.exact
+        steps = sorted({token for tail in encoded.tails.values() for token in tail})
+        first = await self._ask(encoded.tokens, max_tokens=max(1, glimpse), logprob_token_ids=steps)
+        (answer,) = first.outputs
+        drawn = tuple(answer.token_ids)
+        known = {drawn[:place]: found for place, found in enumerate(answer.logprobs)}
 
         async def next_tokens(path: Tokens, steps: set[int]) -> tuple[Mapping[int, float], float]:
-            nonlocal usage
-            output = await self._ask(encoded.tokens + path, max_tokens=1, logprob_token_ids=sorted(steps))
-            usage = usage or _usage(output, 0)
-            (found,) = output.outputs[0].logprobs
+            if (found := known.get(path)) is None:
+                more = await self._ask(encoded.tokens + path, max_tokens=1, logprob_token_ids=sorted(steps))
+                (found,) = more.outputs[0].logprobs
             return {step: min(0.0, found[step].logprob) for step in steps}, 0.0
 
-        logprobs = await walk_candidates(encoded.tails, next_tokens)
+        def may_follow(path: Tokens) -> bool:
+            if is_exact or path in known:
+                return True
+            bounded.update(name for name, tail in encoded.tails.items() if tail[: len(path)] == path)
+            return False
+
+        bounded: set[str] = set()
+        logprobs = await walk_candidates(encoded.tails, next_tokens, _NEGLIGIBLE, may_follow)
         return Completion(
-            finish_reason="candidates", logprobs=MappingProxyType(logprobs), usage=usage or Usage()
+            text=answer.text if glimpse else "",
+            finish_reason=_end(answer.finish_reason) if glimpse else "candidates",
+            logprobs=MappingProxyType(logprobs),
+            bounded=frozenset(bounded),
+            usage=_usage(first, len(drawn) if glimpse else 0),
         )
 
     async def _ask(self, tokens: Tokens, **sampling: Any) -> Any:
@@ -314,6 +331,10 @@ class _Running:
                 if output.finished and output.outputs[0].finish_reason in ("stop", "length"):
                     return output
         raise BackendError("vLLM ended a request without an answer.")
+
+
+def _end(reason: str) -> Literal["stop", "length"]:
+    return "length" if reason == "length" else "stop"
 
 
 def _usage(output: Any, generated: int) -> Usage:

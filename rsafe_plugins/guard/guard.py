@@ -33,6 +33,8 @@ from rsafe_plugins.policy import Category, Policy
 T = TypeVar("T")
 
 _CATEGORY_TOKENS = 32
+# A bare verdict that names two or three categories.
+_BARE_TOKENS = 16
 # Below this probability of both labels together the model wasn't answering the question.
 _LEAST_MASS = 0.5
 # An engine that takes longer to start, fetching its weights included, counts as hung.
@@ -53,6 +55,7 @@ class _Check:
     label: Label | None = None
     score: float | None = None
     thought: str | None = None
+    named: str = ""
     conclusion: str = ""
     error: RSafeError | None = None
     usage: Usage = field(default_factory=Usage)
@@ -60,7 +63,7 @@ class _Check:
 
     def forget(self) -> None:
         """Drops what was judged, so that a verdict that is kept doesn't keep it."""
-        self.content, self.messages = _FORGOTTEN, ()
+        self.content, self.messages, self.named = _FORGOTTEN, (), ""
 
     def take_worst(self, parts: Sequence[_Check]) -> None:
         """The verdict of the unsafe part with the highest probability; without one, of a part that failed."""
@@ -410,15 +413,37 @@ class Guard:
                 )
             check.score = probability["unsafe"] / mass
             check.label = "unsafe" if check.score >= threshold else "safe"
+            if is_first:
+                check.named = _named_after(self.dialect.naming, self.dialect.begin, completion)
+            # What only seems as likely as that decides nothing, and never that something is safe.
+            seeming = {labels[spelling] for spelling in completion.bounded}
+            if "safe" in seeming or check.label in seeming:
+                vague.append(check)
 
         def request(check: _Check) -> Request:
             begin = self.dialect.begin
             if thought and (form := self.dialect.thought):
                 begin = f"{form.open}{check.thought}{form.close}{form.then}"
-            return self._request(check, prefill=begin, candidates=tuple(labels), thinking=thought)
+            glimpse = _BARE_TOKENS if self.dialect.naming is not None and not thought else 0
+            return self._request(
+                check,
+                prefill=begin,
+                candidates=tuple(labels),
+                glimpse=glimpse if is_first else 0,
+                exact=thought or not is_first,
+                thinking=thought,
+            )
 
+        vague: list[_Check] = []
+        is_first = True
         threshold = self.operating_point.threshold
         await self._ask(checks, request, read)
+        if vague:
+            again, is_first = vague, False
+            vague = []
+            for check in again:
+                check.label = check.score = None
+            await self._ask(again, request, read)
 
     def _request(self, check: _Check, *, thinking: bool = False, **asked: Any) -> Request:
         messages = check.messages
@@ -454,17 +479,18 @@ class Guard:
 
     async def _name_categories(self, checks: Sequence[_Check]) -> None:
         """What a bare unsafe verdict is for. It explains a block and can't lift it."""
-        if self.dialect.naming is None or not self._can_begin:
+        naming = self.dialect.naming
+        if naming is None or not self._can_begin:
             return
+        for check in checks:
+            check.conclusion = check.named
 
         def read(check: _Check, completion: Completion) -> None:
             check.conclusion = f"Categories:{completion.text}"
 
         await self._ask(
-            checks,
-            lambda check: self._request(
-                check, prefill=self.dialect.naming, max_tokens=_CATEGORY_TOKENS, stop=("\n",)
-            ),
+            [check for check in checks if not check.conclusion],
+            lambda check: self._request(check, prefill=naming, max_tokens=_CATEGORY_TOKENS, stop=("\n",)),
             read,
             explains=True,
         )
@@ -592,6 +618,19 @@ class Guard:
 
 def _categories(check: _Check) -> tuple[Category, ...]:
     return () if check.error is not None else check.policy.for_kind(check.content.kind).categories
+
+
+def _named_after(naming: str | None, begin: str, completion: Completion) -> str:
+    """The line of categories in what an engine glimpsed of its answer; empty where there is none, or half of one."""
+    before, found, after = (begin + completion.text).partition(naming or "\0")
+    if before or not found:
+        return ""
+    line, ended, _ = after.partition("\n")
+    if not ended and completion.finish_reason != "stop":
+        line, ended, _ = line.rpartition(",")  # the last name may be cut
+        if not ended:
+            return ""
+    return f"Categories:{line}"
 
 
 def _named(labels: Mapping[str, Label]) -> str:

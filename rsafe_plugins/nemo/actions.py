@@ -98,6 +98,9 @@ class RailActions:
         Raises:
             RSafeError: The check failed and `on_error` is `raise`.
         """
+        if _is_refusal(text, config):
+            # NeMo hands the refusal of a rail to the output rails.
+            return RailOutcome.allow(reason="the app's own refusal")
         answer = Said("response", text_of(text))
         if events is None:
             said = [Said("prompt", text_of(prompt)), answer]
@@ -299,6 +302,10 @@ def _said(events: Sequence[Any], config: RailsConfig | None) -> list[Said]:
         elif known["type"] == "StartUtteranceBotAction":
             said.append(Said("response", text_of(known["script"])))
     return said
+
+
+def _is_refusal(text: object, config: RailsConfig | None) -> bool:
+    return config is not None and text in config.bot_messages.get("refuse to respond", ())
 
 
 def _is_colang_2(config: RailsConfig | None) -> bool:

@@ -58,14 +58,20 @@ def next_tokens(question: str, answer: str) -> Distribution:
         return {"-canoe": 0.9, "-": 0.06, "!": 0.04}
     if answer.endswith("-canoe") or answer.endswith("}"):
         return {"<end>": 0.99, ".": 0.01}
-    if answer.endswith(BOX):
+    if answer.endswith(BOX) and not answer.startswith("Bad"):
         return {"safe": 0.6, "uns": 0.2, "un": 0.1, "<end>": 0.05, "s": 0.0002}
     if answer.endswith(BOX + "uns"):
         return {"afe": 0.9, "ound": 0.1}
-    if answer.endswith(BOX + "un"):
+    if answer.endswith(BOX + "un") and not answer.startswith("Bad"):
         return {"safe": 0.5, "do": 0.4, "<end>": 0.1}
     if answer.endswith("<think>"):
         return {"Harmless": 0.8, "Bad": 0.2}
+    if answer.endswith("Bad box: " + BOX):
+        return {"un": 0.9, "safe": 0.1}
+    if answer.endswith("Bad box: " + BOX + "un"):
+        return {"safe": 0.8, "do": 0.2}
+    if answer.endswith("Bad box: " + BOX + "unsafe"):
+        return {"}\nCategories: U2": 1.0}
     if answer.endswith("Harmless"):
         return {"</think>": 0.9, ".": 0.1}
     if answer == "":
@@ -212,8 +218,9 @@ class Chat:
         text, positions, finish = "", [], "length"
         for _ in range(budget):
             following = next_tokens(question, begun + text)
-            positions.append({"top_logprobs": top(following, body.get("top_logprobs", 0))})
+            likeliest = top(following, body.get("top_logprobs", 0))
             token = max(following, key=following.__getitem__)
+            positions.append({"token": token, "bytes": list(token.encode()), "top_logprobs": likeliest})
             if token == "<end>":
                 finish = "stop"
                 break
@@ -323,6 +330,71 @@ async def test_candidates_are_scored_over_every_way_to_spell_them() -> None:
     assert math.exp(scored.logprobs["unsafe"]) == pytest.approx(0.2 * 0.9 + 0.1 * 0.5)
     assert scored.usage == Usage(300, 270, 3)
     assert {body["temperature"] for body in server.requests if not is_probe(body)} == {1.0}
+
+
+async def test_the_answer_that_is_glimpsed_saves_the_requests_along_it() -> None:
+    async with running(Chat()) as (server, backend):
+        asked = ask("Hi", prefill="Bad box: " + BOX, candidates=LABELS, glimpse=8)
+        scored = await only(backend, asked)
+
+    (body,) = (body for body in server.requests if not is_probe(body))
+    assert (body["temperature"], body["max_tokens"]) == (0.0, 8)
+    assert scored.text == "unsafe}\nCategories: U2"
+    assert (scored.finish_reason, scored.bounded) == ("stop", frozenset())
+    assert math.exp(scored.logprobs["unsafe"]) == pytest.approx(0.9 * 0.8)
+    assert math.exp(scored.logprobs["safe"]) == pytest.approx(0.1)
+
+
+async def test_what_is_not_along_the_glimpsed_answer_is_asked_for() -> None:
+    async with running(Chat()) as (server, backend):
+        scored = await only(backend, ask("Hi", prefill=BOX, candidates=LABELS, glimpse=8))
+
+    assert scored.text == "safe"
+    assert math.exp(scored.logprobs["safe"]) == pytest.approx(0.6 + 0.0002)
+    assert math.exp(scored.logprobs["unsafe"]) == pytest.approx(0.2 * 0.9 + 0.1 * 0.5)
+    assert len([body for body in server.requests if not is_probe(body)]) == 3
+
+
+async def test_a_glimpsed_answer_may_be_cut() -> None:
+    async with running(Chat()) as (_, backend):
+        scored = await only(backend, ask("Hi", prefill="Bad box: " + BOX, candidates=LABELS, glimpse=2))
+
+    assert (scored.text, scored.finish_reason) == ("unsafe", "length")
+    assert math.exp(scored.logprobs["unsafe"]) == pytest.approx(0.9 * 0.8)
+
+
+@pytest.mark.parametrize("glimpse", [0, 8])
+async def test_where_bounds_do_there_is_one_request(glimpse: int) -> None:
+    async with running(Chat()) as (server, backend):
+        asked = ask("Hi", prefill=BOX, candidates=LABELS, glimpse=glimpse, exact=False)
+        scored = await only(backend, asked)
+
+    assert len([body for body in server.requests if not is_probe(body)]) == 1
+    assert math.exp(scored.logprobs["safe"]) == pytest.approx(0.6 + 0.0002)
+    assert math.exp(scored.logprobs["unsafe"]) == pytest.approx(0.2 + 0.1)
+    assert scored.bounded == {"unsafe"}
+
+
+async def test_probabilities_that_greedy_drawing_has_changed_are_asked_for_again() -> None:
+    async def greedy(server: Server, path: str, body: Json) -> Reply:
+        likeliest = top({"safe": 0.6, "unsafe": 0.4}, 20)
+        if body["temperature"] == 0:
+            likeliest = [{"token": "safe", "logprob": 0.0}, {"token": "unsafe", "logprob": -9999.0}]
+        position = {"token": "safe", "top_logprobs": likeliest}
+        choice = {
+            "message": {"content": "safe"},
+            "finish_reason": "stop",
+            "logprobs": {"content": [position]},
+        }
+        return in_json({"choices": [choice]})
+
+    async with running(after_probe(greedy)) as (server, backend):
+        scored = [await only(backend, ask("Hi", prefill=BOX, candidates=LABELS, glimpse=8)) for _ in range(2)]
+
+    assert [math.exp(one.logprobs["unsafe"]) for one in scored] == pytest.approx([0.4, 0.4])
+    # The server has shown that once, and isn't asked that way again.
+    temperatures = [body["temperature"] for body in server.requests if not is_probe(body)]
+    assert temperatures == [0.0, 1.0, 1.0]
 
 
 async def test_a_candidate_that_is_not_among_the_likeliest_gets_an_upper_bound() -> None:
@@ -1014,7 +1086,7 @@ async def test_a_missing_package_is_said_with_the_command_that_mends_it(
 # --- The guard on such servers
 
 
-@pytest.mark.parametrize(("reasoning", "score"), [("never", 0.23 / (0.6002 + 0.23)), ("always", 0.277)])
+@pytest.mark.parametrize(("reasoning", "score"), [("never", 0.3 / (0.6002 + 0.3)), ("always", 0.277)])
 async def test_a_guard_scores_where_the_server_can(reasoning: Any, score: float) -> None:
     async with Server(Chat(reasoning_parser=True)) as server:
         backend = OpenAIBackend(server.url, "guard")

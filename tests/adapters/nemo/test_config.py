@@ -17,7 +17,6 @@ from rsafe_plugins.testing import ScriptedBackend
 
 ROOT = Path(__file__).parents[3]
 LIBRARY = ROOT / "rails" / "library"
-SHIPPED = sorted(path.parent for path in (ROOT / "rails" / "configs").glob("*/config.yml"))
 
 CONFIG = """
 models: []
@@ -109,15 +108,6 @@ def test_bad_setting_is_named_when_the_app_is_built(settings: object, said: str)
     assert isinstance(cause, ValueError)
     assert said in str(cause)
     assert "\n" not in str(cause)
-
-
-@pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
-async def test_shipped_config_guards_a_chat(folder: Path) -> None:
-    config = RailsConfig.from_path(str(folder))
-    config.custom_data["rsafe"]["backend"] = ScriptedBackend(r"\boxed{unsafe}")
-    app = LLMRails(config, llm=FakeLLMModel(responses=[]))
-    reply = await app.generate_async(messages=[{"role": "user", "content": "Hello."}])
-    assert reply["content"].startswith("I can't help with that.")
 
 
 def test_installation_is_found_by_nemo_without_an_import_of_ours(tmp_path: Path) -> None:
