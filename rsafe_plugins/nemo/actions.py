@@ -141,10 +141,13 @@ class RailActions:
         chunks = Chunks.of(text, separate)
         guard = self.guards.of("retrieval", policy, config)
         verdicts = await self._of_chunks(guard, chunks.judged, query)
+        outcomes = [rail_outcome(verdict, guard.policy) for verdict in verdicts]
+        for one in outcomes:
+            _trace("document", one)
         kept = chunks.without({number for number, verdict in enumerate(verdicts) if verdict.blocked})
         outcome = RailOutcome.allow(
             reason=f"{sum(verdict.blocked for verdict in verdicts)} of {len(verdicts)} chunks removed",
-            metadata={"chunks": [rail_outcome(verdict, guard.policy).metadata for verdict in verdicts]},
+            metadata={"chunks": [dict(one.metadata) for one in outcomes]},
         )
         return ActionResult(outcome, context_updates=kept.variables())
 
@@ -258,8 +261,25 @@ class RailActions:
         verdicts = await acheck_many(guard, contents)
         decides = worst(verdicts)
         content = contents[decides]
-        _log_failure(content.kind if isinstance(content, Content) else "message", verdicts[decides])
-        return rail_outcome(verdicts[decides], guard.policy)
+        kind = content.kind if isinstance(content, Content) else "message"
+        _log_failure(kind, verdicts[decides])
+        outcome = rail_outcome(verdicts[decides], guard.policy)
+        _trace(kind, outcome)
+        return outcome
+
+
+def _trace(kind: str, outcome: RailOutcome) -> None:
+    """Adds the verdict to the caller's OpenTelemetry span as an event, where there is one; without content."""
+    try:
+        from opentelemetry import trace
+    except ImportError:
+        return
+    known = {name: value for name, value in outcome.metadata.items() if value is not None}
+    known["categories"] = [category["id"] for category in outcome.metadata["categories"]]
+    attributes = {f"rsafe.{name}": value for name, value in known.items()}
+    trace.get_current_span().add_event(
+        "rsafe.verdict", {"rsafe.kind": kind, "rsafe.blocked": outcome.is_blocked, **attributes}
+    )
 
 
 def _log_failure(kind: str, verdict: Verdict) -> None:
@@ -357,6 +377,8 @@ def rail_outcome(verdict: Verdict, policy: Policy) -> RailOutcome:
         "score": verdict.score,
         "model": verdict.model,
         "policy": verdict.policy,
+        "thought": verdict.reasoning is not None,
+        "latency_ms": round(verdict.latency_ms, 1),
     }
     if verdict.label is None:
         outcome = RailOutcome.failure if verdict.blocked else RailOutcome.allow

@@ -90,12 +90,15 @@ async def test_outcome_tells_the_verdict_and_neither_content_nor_reasoning(app: 
     assert response.log is not None
     outcome = response.log.activated_rails[0].executed_actions[0].return_value
     assert outcome.reason == "unsafe: U9 Self-Harm & Suicide"
-    assert outcome.metadata == {
+    metadata = dict(outcome.metadata)
+    assert metadata.pop("latency_ms") > 0
+    assert metadata == {
         "label": "unsafe",
         "categories": [{"id": "U9", "name": "Self-Harm & Suicide"}],
         "score": None,
         "model": "a-guard",
         "policy": "rsafe-18",
+        "thought": True,
     }
     assert response.reasoning_content is None
     assert THOUGHT not in repr(response)

@@ -1,0 +1,210 @@
+"""NeMo's own programs, `nemoguardrails chat` and `nemoguardrails server`, with our rails, as processes over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from support.nemo import ANSWER, REFUSAL
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+CONFIG = """
+models:
+  - type: main
+    engine: openai
+    model: main
+    parameters: {{base_url: "{url}"}}
+  - type: rsafe
+    engine: openai
+    model: a-guard
+    parameters: {{base_url: "{guard}"}}
+import_paths: [rsafe_plugins/rails]
+rails:
+  input: {{flows: [rsafe check input]}}
+  output: {{flows: [rsafe check output]{streaming}}}
+"""
+STREAMING = ", streaming: {enabled: true, stream_first: false}"
+DEAD = "http://127.0.0.1:9/v1"
+
+
+class Models(BaseHTTPRequestHandler):
+    """OpenAI's chat API: a main model that says the same each time, and a guard that finds one word unsafe."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        text = ANSWER
+        if body["model"] == "a-guard":
+            text = r"\boxed{unsafe}" if "BAD" in str(body["messages"]) else r"\boxed{safe}"
+        if body.get("stream"):
+            self.stream(text)
+            return
+        message = {"role": "assistant", "content": text}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        self.answer("application/json", json.dumps(completion(body, choices=[choice])))
+
+    def stream(self, text: str) -> None:
+        deltas = [
+            {"index": 0, "delta": {"content": f"{word} "}, "finish_reason": None} for word in text.split()
+        ]
+        deltas.append({"index": 0, "delta": {}, "finish_reason": "stop"})
+        lines = [
+            json.dumps(
+                {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m", "choices": [one]}
+            )
+            for one in deltas
+        ]
+        self.answer("text/event-stream", "".join(f"data: {line}\n\n" for line in [*lines, "[DONE]"]))
+
+    def answer(self, kind: str, text: str) -> None:
+        content = text.encode()
+        self.send_response(200)
+        self.send_header("content-type", kind)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+def completion(body: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+    return {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": body["model"],
+        "usage": usage,
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def models() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Models)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def configs(models: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Config folders: one that works, one that streams, and one whose guard can't be reached."""
+    folder = tmp_path_factory.mktemp("configs")
+    for name, guard, streaming in (("chat", models, ""), ("stream", models, STREAMING), ("dead", DEAD, "")):
+        (folder / name).mkdir()
+        text = CONFIG.format(url=models, guard=guard, streaming=streaming)
+        (folder / name / "config.yml").write_text(text)
+    return folder
+
+
+def environment() -> dict[str, str]:
+    keys = {"OPENAI_API_KEY": "none", "NEMO_GUARDRAILS_NO_USAGE_STATS": "1", "NO_COLOR": "1"}
+    return {**os.environ, **keys}
+
+
+@pytest.fixture(scope="module")
+def server(configs: Path) -> Iterator[httpx.Client]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "nemoguardrails",
+        "server",
+        "--config",
+        str(configs),
+        "--port",
+        str(port),
+    ]
+    process = subprocess.Popen(
+        [*command, "--disable-chat-ui"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment()
+    )
+    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120)
+    try:
+        for _ in range(240):
+            assert process.poll() is None, process.stdout and process.stdout.read()
+            try:
+                client.get("/v1/rails/configs")
+            except httpx.TransportError:
+                time.sleep(0.5)
+            else:
+                break
+        yield client
+    finally:
+        process.kill()
+        process.wait()
+
+
+def said(server: httpx.Client, config: str, text: str) -> str:
+    body = {
+        "model": "main",
+        "messages": [{"role": "user", "content": text}],
+        "guardrails": {"config_id": config},
+    }
+    answer = server.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["choices"][0]["message"]["content"])
+
+
+def test_the_server_answers_and_refuses(server: httpx.Client) -> None:
+    assert said(server, "chat", "How is the sea?") == ANSWER
+    assert said(server, "chat", "BAD") == REFUSAL
+
+
+def test_the_server_refuses_where_the_guard_cannot_be_reached(server: httpx.Client) -> None:
+    assert said(server, "dead", "How is the sea?") == REFUSAL
+
+
+@pytest.mark.parametrize(("text", "is_safe"), [("How is the sea?", True), ("BAD", False)])
+def test_the_server_streams_what_is_safe(server: httpx.Client, text: str, is_safe: bool) -> None:
+    body = {
+        "model": "main",
+        "messages": [{"role": "user", "content": text}],
+        "guardrails": {"config_id": "stream"},
+        "stream": True,
+    }
+    with server.stream("POST", "/v1/chat/completions", json=body) as answer:
+        lines = [line for line in answer.iter_lines() if line]
+    assert ("calm" in "".join(lines)) == is_safe
+    assert lines[-1] == "data: [DONE]"
+
+
+@pytest.mark.parametrize(("text", "status"), [("How is the sea?", "passed"), ("BAD", "blocked")])
+def test_the_server_checks_without_a_main_model(server: httpx.Client, text: str, status: str) -> None:
+    body = {
+        "model": "main",
+        "messages": [{"role": "user", "content": text}],
+        "guardrails": {"config_id": "chat"},
+    }
+    answer = server.post("/v1/checks", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["status"] == status
+
+
+@pytest.mark.parametrize(("config", "answer"), [("chat", ANSWER), ("dead", REFUSAL)])
+def test_the_chat_program_answers_and_refuses(configs: Path, config: str, answer: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "nemoguardrails", "chat", "--config", str(configs / config)],
+        input="How is the sea?\nBAD\n",
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=240,
+    )
+    said = " ".join(done.stdout.split())
+    assert answer in said
+    assert said.index(answer) < said.rindex(REFUSAL)
