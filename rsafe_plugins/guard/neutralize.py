@@ -95,8 +95,12 @@ def neutralize(text: str, delimiters: Iterable[str] = ()) -> str:
     """
     text = text.replace(MARK, MARK + MARK)
     text = _UNTYPEABLE.sub(lambda found: f"{MARK}{{{ord(found.group()):x}}}", text)
-    text = _structure(tuple(delimiters)).sub(rf"\g<0>{MARK}", text)
-    return _ROLE_AT_LINE_START.sub(rf"\g<0>{MARK}", f"\n{text}")[1:]
+    text = _structure(tuple(delimiters)).sub(_marked, text)
+    return _ROLE_AT_LINE_START.sub(_marked, f"\n{text}")[1:]
+
+
+def _marked(found: re.Match[str]) -> str:
+    return found.group() + MARK
 
 
 def restore(text: str) -> str:

@@ -252,6 +252,9 @@ class Policy(_Value):
         canonical = json.dumps(categories, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
     def for_kind(self, kind: ContentKind) -> Self:
         """The policy with only those categories that apply to a kind of content.
 
