@@ -136,11 +136,19 @@ class RailActions:
             The outcome; it never blocks. NeMo's variables hold the chunks that are left.
 
         Raises:
-            RSafeError: A check failed and `on_error` is `raise`.
+            RSafeError: A check failed and `on_error` is `raise`; not in Colang 2, where all chunks are taken out.
         """
         chunks = Chunks.of(text, separate)
-        guard = self.guards.of("retrieval", policy, config)
-        verdicts = await self._of_chunks(guard, chunks.judged, query)
+        try:
+            guard = self.guards.of("retrieval", policy, config)
+            verdicts = await self._of_chunks(guard, chunks.judged, query)
+        except Exception as error:
+            if not _is_colang_2(config):
+                raise
+            # There a flow goes on after an action that raises, with all the chunks.
+            log.warning("No verdict on a document: %s", _said_of(error))
+            none = chunks.without(set(range(len(chunks.judged))))
+            return ActionResult(RailOutcome.failure(reason=_NO_VERDICT), context_updates=none.variables())
         outcomes = [rail_outcome(verdict, guard.policy) for verdict in verdicts]
         for one in outcomes:
             _trace("document", one)
@@ -202,8 +210,7 @@ class RailActions:
             contents = [replace(Content.tool_call(*_named_call(call)), history=history) for call in calls]
             return await self._worst(guard, contents)
         except Exception as error:
-            known = isinstance(error, RSafeError)
-            log.warning("No verdict on a tool_call: %s", error if known else type(error).__name__)
+            log.warning("No verdict on a tool_call: %s", _said_of(error))
             return RailOutcome.failure(reason=_NO_VERDICT)
 
     @action(is_system_action=True)  # type: ignore[untyped-decorator]
@@ -280,6 +287,11 @@ def _trace(kind: str, outcome: RailOutcome) -> None:
     trace.get_current_span().add_event(
         "rsafe.verdict", {"rsafe.kind": kind, "rsafe.blocked": outcome.is_blocked, **attributes}
     )
+
+
+def _said_of(error: Exception) -> object:
+    """What may be logged of it: an error that isn't ours may quote content."""
+    return error if isinstance(error, RSafeError) else type(error).__name__
 
 
 def _log_failure(kind: str, verdict: Verdict) -> None:
