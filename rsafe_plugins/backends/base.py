@@ -40,8 +40,6 @@ class Request:
         stop: Generation ends before any of these strings; the string itself is not part of the text.
         candidates: Continuations whose log-probabilities are wanted instead of text. No candidate is a
             prefix of another, so their probabilities sum to at most 1.
-        glimpse: With candidates: an engine that can score them and generate in one go may give, as text, the first
-            so many tokens (>= 0) of the greedy answer too. It saves whoever wants it a request.
         exact: False lets an engine give upper bounds where a candidate's probability would take it one more request;
             `Completion.bounded` says where it did.
         template_args: What the model's chat template is given beside the messages; a template that has no use
@@ -53,7 +51,6 @@ class Request:
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
     candidates: tuple[str, ...] = ()
-    glimpse: int = 0
     exact: bool = True
     template_args: Mapping[str, Any] = field(default_factory=dict)
 
@@ -85,7 +82,7 @@ class Completion:
     """What an engine answered to one request.
 
     Attributes:
-        text: What the model generated, without the prefill; empty when candidates were scored without a glimpse.
+        text: What the model generated, without the prefill; empty when candidates were scored.
         finish_reason: `stop` (a stop string or the end of the turn), `length` (the token budget ran out),
             `candidates` (nothing was generated).
         logprobs: For each candidate its natural log-probability (<= 0) as the whole continuation.

@@ -39,6 +39,7 @@ _FIRST_PAUSE = 0.25  # seconds before a server is asked again, doubled each time
 _LONGEST_PAUSE = 10.0  # seconds that we wait because a server tells us to
 _LONGEST_ASIDE = 30.0  # seconds for which a server that fails isn't chosen
 _NEGLIGIBLE = math.log(0.02)
+_LABEL_TOKENS = 2  # that most vocabularies need for the longest label
 _IMPOSSIBLE = -100.0  # of a log-probability: what greedy drawing makes of the tokens that it doesn't draw
 _TOO_LONG = re.compile(
     r"context[ _-]?(length|size|window)|maximum.{0,20}length|longer than|too long|too many tokens", re.I
@@ -302,8 +303,7 @@ class OpenAIBackend(Backend):
         if not all(whole.values()):
             raise BackendError("A candidate must not be empty, and one is.")
         found: dict[str, list[float]] = {name: [] for name in request.candidates}
-        glimpsed = await self._glimpse(server, skills, request)
-        known, usage = glimpsed.known, glimpsed.usage
+        known, usage = ({}, Usage()) if request.exact else await self._look_ahead(server, skills, request)
         bounded: set[str] = set()
         open_paths = {b"": 0.0}
         while open_paths:
@@ -348,30 +348,26 @@ class OpenAIBackend(Backend):
         # Upper bounds may add up to more than everything.
         excess = max(0.0, _log_sum(list(logprobs.values())))
         return Completion(
-            text=glimpsed.text,
-            finish_reason=glimpsed.finish_reason,
+            finish_reason="candidates",
             logprobs=MappingProxyType({name: logprob - excess for name, logprob in logprobs.items()}),
             bounded=frozenset(bounded),
             usage=usage,
         )
 
-    async def _glimpse(self, server: _Server, skills: _Skills, request: Request) -> _Glimpse:
-        if not (request.glimpse and server.tells_when_greedy):
-            return _Glimpse()
-        asked = replace(request, max_tokens=request.glimpse, stop=(), candidates=())
+    async def _look_ahead(
+        self, server: _Server, skills: _Skills, request: Request
+    ) -> tuple[Mapping[bytes, Mapping[bytes, float]], Usage]:
+        """The likeliest tokens after each beginning of the greedy answer, by that beginning."""
+        if not server.tells_when_greedy:
+            return {}, Usage()
+        asked = replace(request, max_tokens=_LABEL_TOKENS, stop=(), candidates=())
         answer = await self._ask(server, _body(asked, skills, skills.top))
         likeliest = _likeliest(answer)
         if not likeliest or len(likeliest[0]) < 2 or min(likeliest[0].values()) < _IMPOSSIBLE:
             server.tells_when_greedy = False
-            return _Glimpse(usage=_used(answer))
-        known: dict[bytes, Mapping[bytes, float]] = {}
-        path = b""
-        for token, following in zip(_drawn(answer), likeliest, strict=True):
-            known[path] = following
-            path += token
-        choice = answer.choices[0]
-        text = _generated(choice, request.prefill, repeats=skills.repeats) or ""
-        return _Glimpse(known, text, "stop" if choice.finish_reason == "stop" else "length", _used(answer))
+            return {}, _used(answer)
+        beginnings = itertools.accumulate(_drawn(answer), initial=b"")
+        return dict(zip(beginnings, likeliest, strict=False)), _used(answer)
 
     async def _ask(self, server: _Server, body: Mapping[str, Any]) -> _Answer:
         """Sends a chat request and reads the answer.
@@ -492,23 +488,6 @@ class _Skills:
     top: int = 0
     limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     greedy: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class _Glimpse:
-    """A greedy answer's beginning.
-
-    Attributes:
-        known: The likeliest tokens after each of its beginnings.
-        text: It.
-        finish_reason: How it ended, if there is one.
-        usage: What it cost.
-    """
-
-    known: Mapping[bytes, Mapping[bytes, float]] = field(default_factory=dict)
-    text: str = ""
-    finish_reason: Literal["stop", "length", "candidates"] = "candidates"
-    usage: Usage = field(default_factory=Usage)
 
 
 # From the best to the plainest; the first that isn't refused is taken. 20 is the most that OpenAI and vLLM tell

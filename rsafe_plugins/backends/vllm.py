@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from rsafe_plugins.backends.base import Backend, Completion, Request, Usage, check_at_least_one
 from rsafe_plugins.backends.encoding import Encoded, encode
@@ -281,14 +281,16 @@ class _Running:
         (answer,) = output.outputs
         return Completion(
             text=answer.text,
-            finish_reason=_end(answer.finish_reason),
+            finish_reason="length" if answer.finish_reason == "length" else "stop",
             usage=_usage(output, len(answer.token_ids)),
         )
 
     async def _score(self, encoded: Encoded) -> Completion:
-        glimpse, is_exact = encoded.request.glimpse, encoded.request.exact
+        is_exact = encoded.request.exact
         steps = sorted({token for tail in encoded.tails.values() for token in tail})
-        first = await self._ask(encoded.tokens, max_tokens=max(1, glimpse), logprob_token_ids=steps)
+        # What may be a bound is known exactly along the greedy answer, which costs no further request.
+        ahead = 1 if is_exact else max(map(len, encoded.tails.values()))
+        first = await self._ask(encoded.tokens, max_tokens=ahead, logprob_token_ids=steps)
         (answer,) = first.outputs
         drawn = tuple(answer.token_ids)
         known = {drawn[:place]: found for place, found in enumerate(answer.logprobs)}
@@ -308,11 +310,10 @@ class _Running:
         bounded: set[str] = set()
         logprobs = await walk_candidates(encoded.tails, next_tokens, _NEGLIGIBLE, may_follow)
         return Completion(
-            text=answer.text if glimpse else "",
-            finish_reason=_end(answer.finish_reason) if glimpse else "candidates",
+            finish_reason="candidates",
             logprobs=MappingProxyType(logprobs),
             bounded=frozenset(bounded),
-            usage=_usage(first, len(drawn) if glimpse else 0),
+            usage=_usage(first, 0),
         )
 
     async def _ask(self, tokens: Tokens, **sampling: Any) -> Any:
@@ -331,10 +332,6 @@ class _Running:
                 if output.finished and output.outputs[0].finish_reason in ("stop", "length"):
                     return output
         raise BackendError("vLLM ended a request without an answer.")
-
-
-def _end(reason: str) -> Literal["stop", "length"]:
-    return "length" if reason == "length" else "stop"
 
 
 def _usage(output: Any, generated: int) -> Usage:

@@ -33,8 +33,6 @@ from rsafe_plugins.policy import Category, Policy
 T = TypeVar("T")
 
 _CATEGORY_TOKENS = 32
-# A bare verdict that names two or three categories.
-_BARE_TOKENS = 16
 # Below this probability of both labels together the model wasn't answering the question.
 _LEAST_MASS = 0.5
 # An engine that takes longer to start, fetching its weights included, counts as hung.
@@ -55,7 +53,6 @@ class _Check:
     label: Label | None = None
     score: float | None = None
     thought: str | None = None
-    named: str = ""
     conclusion: str = ""
     error: RSafeError | None = None
     usage: Usage = field(default_factory=Usage)
@@ -63,7 +60,7 @@ class _Check:
 
     def forget(self) -> None:
         """Drops what was judged, so that a verdict that is kept doesn't keep it."""
-        self.content, self.messages, self.named = _FORGOTTEN, (), ""
+        self.content, self.messages = _FORGOTTEN, ()
 
     def take_worst(self, parts: Sequence[_Check]) -> None:
         """The verdict of the unsafe part with the highest probability; without one, of a part that failed."""
@@ -413,8 +410,6 @@ class Guard:
                 )
             check.score = probability["unsafe"] / mass
             check.label = "unsafe" if check.score >= threshold else "safe"
-            if is_first:
-                check.named = _named_after(self.dialect.naming, self.dialect.begin, completion)
             # What only seems as likely as that decides nothing, and never that something is safe.
             seeming = {labels[spelling] for spelling in completion.bounded}
             if "safe" in seeming or check.label in seeming:
@@ -424,12 +419,10 @@ class Guard:
             begin = self.dialect.begin
             if thought and (form := self.dialect.thought):
                 begin = f"{form.open}{check.thought}{form.close}{form.then}"
-            glimpse = _BARE_TOKENS if self.dialect.naming is not None and not thought else 0
             return self._request(
                 check,
                 prefill=begin,
                 candidates=tuple(labels),
-                glimpse=glimpse if is_first else 0,
                 exact=thought or not is_first,
                 thinking=thought,
             )
@@ -482,14 +475,12 @@ class Guard:
         naming = self.dialect.naming
         if naming is None or not self._can_begin:
             return
-        for check in checks:
-            check.conclusion = check.named
 
         def read(check: _Check, completion: Completion) -> None:
             check.conclusion = f"Categories:{completion.text}"
 
         await self._ask(
-            [check for check in checks if not check.conclusion],
+            checks,
             lambda check: self._request(check, prefill=naming, max_tokens=_CATEGORY_TOKENS, stop=("\n",)),
             read,
             explains=True,
@@ -618,19 +609,6 @@ class Guard:
 
 def _categories(check: _Check) -> tuple[Category, ...]:
     return () if check.error is not None else check.policy.for_kind(check.content.kind).categories
-
-
-def _named_after(naming: str | None, begin: str, completion: Completion) -> str:
-    """The line of categories in what an engine glimpsed of its answer; empty where there is none, or half of one."""
-    before, found, after = (begin + completion.text).partition(naming or "\0")
-    if before or not found:
-        return ""
-    line, ended, _ = after.partition("\n")
-    if not ended and completion.finish_reason != "stop":
-        line, ended, _ = line.rpartition(",")  # the last name may be cut
-        if not ended:
-            return ""
-    return f"Categories:{line}"
 
 
 def _named(labels: Mapping[str, Label]) -> str:

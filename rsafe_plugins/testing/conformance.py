@@ -327,16 +327,6 @@ class BackendConformance(BackendBasics):
         for one, other in zip(*self._run(both()), strict=True):
             assert _gap(one, other) <= 0.05
 
-    def test_a_glimpse_changes_no_score_and_is_the_greedy_answer(self, backend: Backend) -> None:
-        """Asked for the answer beside the scores, an engine gives it or none, and the same scores."""
-        _needs_candidates(backend)
-        for request in AGREEMENT_REQUESTS:
-            plain = self._run(_only(backend, request))
-            both = self._run(_only(backend, replace(request, glimpse=8)))
-            assert _gap(plain, both) <= 0.05
-            if both.text:
-                assert both.text == self._text(backend, _generating(request, max_tokens=8))
-
     def test_what_is_said_to_be_a_bound_is_one(self, backend: Backend) -> None:
         """Where bounds will do, a probability is at most higher, and only where the engine says so."""
         _needs_candidates(backend)

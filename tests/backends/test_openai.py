@@ -332,42 +332,21 @@ async def test_candidates_are_scored_over_every_way_to_spell_them() -> None:
     assert {body["temperature"] for body in server.requests if not is_probe(body)} == {1.0}
 
 
-async def test_the_answer_that_is_glimpsed_saves_the_requests_along_it() -> None:
+async def test_where_bounds_do_one_request_is_exact_along_the_likeliest_answer() -> None:
     async with running(Chat()) as (server, backend):
-        asked = ask("Hi", prefill="Bad box: " + BOX, candidates=LABELS, glimpse=8)
+        asked = ask("Hi", prefill="Bad box: " + BOX, candidates=LABELS, exact=False)
         scored = await only(backend, asked)
 
     (body,) = (body for body in server.requests if not is_probe(body))
-    assert (body["temperature"], body["max_tokens"]) == (0.0, 8)
-    assert scored.text == "unsafe}\nCategories: U2"
-    assert (scored.finish_reason, scored.bounded) == ("stop", frozenset())
+    assert (body["temperature"], body["max_tokens"]) == (0.0, 2)
     assert math.exp(scored.logprobs["unsafe"]) == pytest.approx(0.9 * 0.8)
     assert math.exp(scored.logprobs["safe"]) == pytest.approx(0.1)
+    assert scored.bounded == frozenset()
 
 
-async def test_what_is_not_along_the_glimpsed_answer_is_asked_for() -> None:
+async def test_where_bounds_do_the_rest_is_bounded() -> None:
     async with running(Chat()) as (server, backend):
-        scored = await only(backend, ask("Hi", prefill=BOX, candidates=LABELS, glimpse=8))
-
-    assert scored.text == "safe"
-    assert math.exp(scored.logprobs["safe"]) == pytest.approx(0.6 + 0.0002)
-    assert math.exp(scored.logprobs["unsafe"]) == pytest.approx(0.2 * 0.9 + 0.1 * 0.5)
-    assert len([body for body in server.requests if not is_probe(body)]) == 3
-
-
-async def test_a_glimpsed_answer_may_be_cut() -> None:
-    async with running(Chat()) as (_, backend):
-        scored = await only(backend, ask("Hi", prefill="Bad box: " + BOX, candidates=LABELS, glimpse=2))
-
-    assert (scored.text, scored.finish_reason) == ("unsafe", "length")
-    assert math.exp(scored.logprobs["unsafe"]) == pytest.approx(0.9 * 0.8)
-
-
-@pytest.mark.parametrize("glimpse", [0, 8])
-async def test_where_bounds_do_there_is_one_request(glimpse: int) -> None:
-    async with running(Chat()) as (server, backend):
-        asked = ask("Hi", prefill=BOX, candidates=LABELS, glimpse=glimpse, exact=False)
-        scored = await only(backend, asked)
+        scored = await only(backend, ask("Hi", prefill=BOX, candidates=LABELS, exact=False))
 
     assert len([body for body in server.requests if not is_probe(body)]) == 1
     assert math.exp(scored.logprobs["safe"]) == pytest.approx(0.6 + 0.0002)
@@ -389,7 +368,9 @@ async def test_probabilities_that_greedy_drawing_has_changed_are_asked_for_again
         return in_json({"choices": [choice]})
 
     async with running(after_probe(greedy)) as (server, backend):
-        scored = [await only(backend, ask("Hi", prefill=BOX, candidates=LABELS, glimpse=8)) for _ in range(2)]
+        scored = [
+            await only(backend, ask("Hi", prefill=BOX, candidates=LABELS, exact=False)) for _ in range(2)
+        ]
 
     assert [math.exp(one.logprobs["unsafe"]) for one in scored] == pytest.approx([0.4, 0.4])
     # The server has shown that once, and isn't asked that way again.

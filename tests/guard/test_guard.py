@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
@@ -191,47 +191,6 @@ def test_never_scores_once_and_does_not_think() -> None:
     assert [request.prefill for request in backend.requests] == ["\\boxed{"]
 
 
-class Glimpsing(ScriptedBackend):
-    """An engine that gives its greedy answer beside the scores."""
-
-    glimpsed = ""
-    finish: Literal["stop", "length", "candidates"] = "stop"
-
-    async def complete(self, requests: Sequence[Request]) -> list[Completion | BackendError]:
-        answers = await super().complete(requests)
-        return [
-            replace(answer, text=self.glimpsed, finish_reason=self.finish)
-            if isinstance(answer, Completion) and request.glimpse
-            else answer
-            for request, answer in zip(requests, answers, strict=True)
-        ]
-
-
-@pytest.mark.parametrize(
-    ("glimpsed", "finish", "categories", "calls"),
-    [
-        ("unsafe}\nCategories: U2, U3", "stop", ("U2", "U3"), 1),
-        ("unsafe}\nCategories: U2\nmore", "length", ("U2",), 1),
-        # Of what is cut the last name may be half of one.
-        ("unsafe}\nCategories: U2, U1", "length", ("U2",), 1),
-        ("unsafe}\nCategories: U1", "length", ("U3",), 2),
-        # What doesn't go with the verdict, or isn't there, is asked for.
-        ("safe}", "stop", ("U3",), 2),
-        ("unsafe}", "stop", ("U3",), 2),
-        ("", "candidates", ("U3",), 2),
-    ],
-)
-def test_categories_that_stand_in_the_glimpsed_answer_are_not_asked_for(
-    glimpsed: str, finish: Literal["stop", "length", "candidates"], categories: tuple[str, ...], calls: int
-) -> None:
-    backend = Glimpsing(" U3", candidates={"safe": 0.1, "unsafe": 0.9})
-    backend.glimpsed, backend.finish = glimpsed, finish
-    verdict = Guard(backend=backend, reasoning="never").check("x")
-    assert verdict.blocked
-    assert verdict.categories == categories
-    assert len(backend.calls) == calls
-
-
 class Bounding(ScriptedBackend):
     """An engine that knows only a bound of some probabilities, until it is asked for exact ones."""
 
@@ -274,13 +233,6 @@ def test_no_verdict_rests_on_a_bound_that_could_be_otherwise(
     verdict = Guard(backend=backend, reasoning="never", threshold=0.5).check("x")
     assert (verdict.label, len(backend.calls)) == (label, calls)
     assert verdict.blocked == (label != "safe")
-
-
-def test_a_glimpsed_answer_decides_nothing() -> None:
-    backend = Glimpsing(candidates={"safe": 0.9, "unsafe": 0.1})
-    backend.glimpsed = "unsafe}\nCategories: U2"
-    verdict = Guard(backend=backend, reasoning="never").check("x")
-    assert (verdict.label, verdict.categories) == ("safe", ())
 
 
 def test_never_names_the_categories_of_what_it_blocks() -> None:
