@@ -30,10 +30,8 @@ help:
 demo: $(VENV)/.demo
 	@$(BIN)/python examples/demo.py
 
-# The engine has the machine to itself: its threads and other tests' would slow each other.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not engine" --ignore=tests/engines --ignore=tests/docs
-	$(BIN)/python -m pytest -q -m engine --ignore=tests/engines --ignore=tests/docs
+	$(BIN)/python -m pytest -q --ignore=tests/engines --ignore=tests/docs
 
 test-docs: $(VENV)/.dev
 	$(BIN)/python -m pytest -q tests/docs
