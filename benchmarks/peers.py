@@ -1,7 +1,8 @@
 """The guard beside other ways to ask the same model on the same server: lists, and one check after the other.
 
 The server is vLLM with the embedded guard's weights; its Python is the only argument. Each peer is given the guard's
-own prompt and at most 16 tokens for its answer, which is more than the answer takes.
+own prompt and at most 16 tokens for its answer. Only the time is compared: without a begun answer, which none of them
+can give it, this small guard often answers with something that is no verdict.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from rsafe_plugins import Content, Guard
 from rsafe_plugins.guard.prompt import GuardPrompt
 from rsafe_plugins.langchain import RSafeGuard
 
-RUNS = 3
+RUNS = int(os.environ.get("RUNS", "3"))
 ONE_BY_ONE = 6
 ANSWER = 16
 PLACE = "the-text-under-judgement"

@@ -10,7 +10,7 @@ import pytest
 from nemoguardrails import LLMRails, RailsConfig
 from nemoguardrails.actions import action
 from nemoguardrails.actions.actions import ActionResult
-from support.nemo import ANSWER, INTERNAL_ERROR, SAFE, App, MainModel, judged, unsafe_where, user
+from support.nemo import ANSWER, INTERNAL_ERROR, REFUSAL, SAFE, App, MainModel, judged, unsafe_where, user
 
 from rsafe_plugins import Policy
 from rsafe_plugins.backends import Backend
@@ -195,6 +195,54 @@ async def test_the_knowledge_base_of_a_single_call_is_guarded_too(tmp_path: Path
     await app.reply(user(QUESTION))
     assert "full moon" in app.main.prompts[0]
     assert not any("BAD" in prompt for prompt in app.main.prompts)
+
+
+GIVEN = {
+    "role": "context",
+    "content": {"relevant_chunks": "zebra\nBAD walrus", "relevant_chunks_sep": ["zebra", "BAD walrus"]},
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> App:
+    """An app without dialog flows and without a knowledge base."""
+    return build(
+        f"{RAIL}, output: {{flows: [rsafe check output]}}".replace(", output", "\n  output"), dialog=False
+    )
+
+
+async def test_chunks_that_a_client_hands_over_are_judged_without_dialog_flows(plain: App) -> None:
+    backend = unsafe_where("BAD")
+    plain.guard_with(backend)
+    assert await plain.reply(GIVEN, user(QUESTION)) == ANSWER
+    assert "zebra" in plain.main.prompts[0]
+    assert "BAD" not in plain.main.prompts[0]
+    # Two chunks, and the answer as ever.
+    assert [request.messages[-1].content.count("Judge the Document") for request in backend.requests] == [
+        1,
+        1,
+        0,
+    ]
+
+
+async def test_without_chunks_nothing_more_is_asked(plain: App) -> None:
+    backend = ScriptedBackend(SAFE)
+    plain.guard_with(backend)
+    assert await plain.reply(user(QUESTION)) == ANSWER
+    assert len(plain.main.prompts) == len(backend.requests) == 1
+
+
+async def test_chunks_of_a_client_without_a_verdict_reach_nobody(plain: App) -> None:
+    for on_error, reply in (("block", REFUSAL), ("raise", INTERNAL_ERROR)):
+        plain.guard_with(ScriptedBackend("garbage"), on_error=on_error)
+        assert await plain.reply(GIVEN, user(QUESTION)) == reply
+        assert not any("zebra" in prompt for prompt in plain.main.prompts)
+
+
+async def test_where_dialog_is_switched_off_the_main_model_is_not_asked(plain: App) -> None:
+    plain.guard_with(ScriptedBackend(SAFE))
+    await plain.respond(GIVEN, user(QUESTION), rails={"dialog": False})
+    assert plain.main.prompts == []
 
 
 async def test_nemo_runs_no_retrieval_rail_without_dialog_flows(tmp_path: Path) -> None:
