@@ -204,11 +204,9 @@ GIVEN = {
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> App:
+def plain() -> App:
     """An app without dialog flows and without a knowledge base."""
-    return build(
-        f"{RAIL}, output: {{flows: [rsafe check output]}}".replace(", output", "\n  output"), dialog=False
-    )
+    return build(f"{RAIL}\n  output: {{flows: [rsafe check output]}}", dialog=False)
 
 
 async def test_chunks_that_a_client_hands_over_are_judged_without_dialog_flows(plain: App) -> None:

@@ -172,18 +172,34 @@ async def test_results_of_a_turn_are_one_batch_and_the_worst_decides(results: Ap
     assert "Tool result (read): BAD" in judged(backend)[1]
 
 
-async def test_nemo_asks_no_main_model_after_results_that_pass(results: App) -> None:
-    """Also with a rail that does nothing; fails once NeMo mends it."""
+async def test_results_that_pass_reach_the_main_model_and_its_answer_the_client(results: App) -> None:
     results.guard_with(ScriptedBackend(SAFE))
-    assert await results.reply(*asked("one", "two")) == ""
-    assert results.main.prompts == []
+    assert await results.reply(*asked("one", "two")) == ANSWER
+    (prompt,) = results.main.prompts
+    assert "one" in prompt
+    assert "two" in prompt
+
+
+async def test_the_answer_to_results_is_judged_as_any() -> None:
+    app = build(RESULTS.replace("}}", "}, output: {flows: [rsafe check output]}}"), more="passthrough: true")
+    app.guard_with(unsafe_where(ANSWER))
+    assert await app.reply(*asked("one")) == REFUSAL
+    assert len(app.main.prompts) == 1
+
+
+async def test_nemo_by_itself_asks_no_main_model_after_results_that_pass() -> None:
+    """With a rail that does nothing; fails once NeMo mends it, and then our library needs no flow for it."""
+    idle = "define subflow idle\n  $x = 1\n"
+    app = build("{tool_input: {flows: [idle]}}", colang=idle, more="passthrough: true")
+    assert await app.reply(*asked("one")) == ""
+    assert app.main.prompts == []
 
 
 @pytest.mark.parametrize(
     "fault", ["garbage", BackendError("no memory left"), RuntimeError("segfault")], ids=str
 )
 async def test_results_without_a_verdict_follow_on_error(results: App, fault: Any) -> None:
-    for on_error, reply in (("block", REFUSAL), ("allow", ""), ("raise", INTERNAL_ERROR)):
+    for on_error, reply in (("block", REFUSAL), ("allow", ANSWER), ("raise", INTERNAL_ERROR)):
         results.guard_with(ScriptedBackend(fault), on_error=on_error)
         assert await results.reply(*asked("one")) == reply
 
