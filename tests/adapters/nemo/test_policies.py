@@ -56,15 +56,6 @@ async def test_what_one_policy_forbids_is_blocked(several: App, policy: str) -> 
     assert await several.reply(user("Hello.")) == REFUSAL
 
 
-async def test_nemo_repeats_a_refusal_where_several_output_rails_run_in_parallel() -> None:
-    """Also with rails that do nothing beside the one that refuses; fails once NeMo mends it."""
-    flows = "define subflow refusing\n  bot refuse to respond\n  stop\n\ndefine subflow idle\n  $x = 1\n"
-    app = build("{output: {parallel: true, flows: [refusing, idle]}}", colang=flows)
-    answer = await app.reply(user("Hello."))
-    assert answer.startswith(REFUSAL)
-    assert answer.count(REFUSAL) > 1
-
-
 @pytest.mark.parametrize("chosen", ["prompt-injection", "mlcommons", "nonsense", 3])
 async def test_a_client_can_choose_no_policy(several: App, chosen: object) -> None:
     backend = ScriptedBackend(SAFE)
