@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import textwrap
 from typing import Any
 
 import jinja2
@@ -77,7 +78,7 @@ def plot(parts: list[dict[str, Any]]) -> None:
         bars = axis.barh([row.what for row in rows], [row.value for row in rows], color="#3465a4")
         axis.bar_label(bars, [shown(row.value) for row in rows], padding=3)
         axis.invert_yaxis()
-        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_title(textwrap.fill(title, 52), loc="left", fontsize=10)
         axis.set_xlabel("checks a second")
         axis.margins(x=0.12)
     figure.savefig(FOLDER / "results.png", dpi=120)
