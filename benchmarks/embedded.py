@@ -66,9 +66,8 @@ def main() -> None:
     verdicts = guard.check_many(contents)
     part.add("a list, without reasoning", len(contents) / (time.perf_counter() - started), "checks/s")
     sound(verdicts)
-    many = [Content.prompt(f"{content.text} ({number})") for number in range(24) for content in contents][
-        :500
-    ]
+    texts = [f"{content.text} ({number})" for number in range(24) for content in contents]
+    many = [Content.prompt(text) for text in texts[:500]]
     started = time.perf_counter()
     patient = Guard(backend="embedded", reasoning="never", timeout=1200)
     sound(asyncio.run(all_at_once(patient, many)))
@@ -81,13 +80,13 @@ def main() -> None:
     times = seconds_each(attentive, contents)
     part.add(f"one verdict with flash attention, median of {len(times)}", statistics.median(times), "s")
     asyncio.run(backend.aclose())
-    from transformers import AutoTokenizer  # only now: it takes more memory than all that was measured
+    # Only now: it takes more memory than all that was measured.
+    from transformers import AutoTokenizer
 
     weights = embedded_weights()
     tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
-    harmless = Guard(
-        backend="embedded", reasoning="never", threshold=1.0
-    )  # asks once, and names no categories
+    # It asks once a check, since it finds nothing unsafe of which it would name the categories.
+    harmless = Guard(backend="embedded", reasoning="never", threshold=1.0)
     verdicts = [harmless.check(content) for content in contents]
     sound(verdicts)
     part.add(

@@ -10,6 +10,7 @@ from typing import Any
 import rsafe_plugins
 from benchmarks.record import FOLDER
 from rsafe_plugins import Content, Guard, Verdict
+from rsafe_plugins.alignment.export import export_folder
 from rsafe_plugins.backends.merge import merged_weights
 from rsafe_plugins.backends.weights import cache_folder, embedded_weights
 
@@ -18,17 +19,9 @@ ADAPTER = Path(rsafe_plugins.__file__).parent / "backends" / "data" / "guard-ada
 
 def guard_folder() -> Path:
     """Made at the first call, then kept."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     path = FOLDER / "guard"
     if not (path / "config.json").exists():
-        merged = merged_weights(embedded_weights(), ADAPTER, cache_folder())
-        where = {"pretrained_model_name_or_path": merged.parent, "gguf_file": merged.name}
-        model = AutoModelForCausalLM.from_pretrained(**where)
-        del model.config.quantization_config
-        model.hf_quantizer = None
-        AutoTokenizer.from_pretrained(**where).save_pretrained(path)
-        model.save_pretrained(path)
+        export_folder(merged_weights(embedded_weights(), ADAPTER, cache_folder()), path)
     return path
 
 

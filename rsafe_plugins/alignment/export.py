@@ -1,4 +1,4 @@
-"""Writes a PEFT LoRA adapter as a GGUF adapter, which llama.cpp applies to the quantized base."""
+"""Guards in the form that another engine reads: a PEFT LoRA adapter as GGUF, a GGUF model as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -71,6 +71,29 @@ def export_gguf(adapter: str | Path, base_config: Mapping[str, Any], out: str | 
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return Path(out)
+
+
+def export_folder(weights: str | Path, out: str | Path) -> Path:
+    """Writes a GGUF model as a Hugging Face folder, in safetensors, for engines that read no such GGUF.
+
+    Args:
+        weights: The GGUF file; quantized weights are written as what they stand for.
+        out: The folder to write.
+
+    Returns:
+        The path written.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = Path(weights)
+    where: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    model: Any = AutoModelForCausalLM.from_pretrained(**where)
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    AutoTokenizer.from_pretrained(**where).save_pretrained(out)
+    # Last, since its config.json is what shows that the folder is whole.
+    model.save_pretrained(out)
     return Path(out)
 
 

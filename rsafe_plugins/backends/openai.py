@@ -12,14 +12,26 @@ import re
 import threading
 import time
 import urllib.parse
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import ValidationError
 
 from rsafe_plugins.backends.base import Backend, Completion, Message, Request, Usage
+from rsafe_plugins.backends.chat_api import (
+    Answer,
+    Models,
+    Skills,
+    chat_body,
+    drawn,
+    generated,
+    likeliest,
+    scoring_body,
+    usage_of,
+)
+from rsafe_plugins.backends.spelling import SpelledWalk
 from rsafe_plugins.backends.tokens import check_text
 from rsafe_plugins.errors import (
     BackendError,
@@ -38,7 +50,6 @@ _TRIES = 3  # of one request, or one for each server where there are more
 _FIRST_PAUSE = 0.25  # seconds before a server is asked again, doubled each time
 _LONGEST_PAUSE = 10.0  # seconds that we wait because a server tells us to
 _LONGEST_ASIDE = 30.0  # seconds for which a server that fails isn't chosen
-_NEGLIGIBLE = math.log(0.02)
 _LABEL_TOKENS = 2  # that most vocabularies need for the longest label
 _IMPOSSIBLE = -100.0  # of a log-probability: what greedy drawing makes of the tokens that it doesn't draw
 _TOO_LONG = re.compile(
@@ -218,7 +229,7 @@ class OpenAIBackend(Backend):
                 server.busy -= 1
         raise AssertionError("unreachable")
 
-    async def _skills(self, server: _Server) -> _Skills:
+    async def _skills(self, server: _Server) -> Skills:
         """What the server can do: asked once, however many want to know at the same time."""
         if server.skills is None:
             if server.probe is None or server.probe.done():
@@ -237,13 +248,13 @@ class OpenAIBackend(Backend):
                 self.supports_candidates = server.skills.top > 0
         return server.skills
 
-    async def _probe(self, server: _Server) -> _Skills:
+    async def _probe(self, server: _Server) -> Skills:
         if self._given_model is None:
             self._given_model = self.model = await self._only_model(server)
         for skills in _WAYS_OF_ASKING:
             request = _PROBE if skills.continues else _PLAIN_PROBE
             try:
-                answer = await self._ask(server, _body(request, skills, skills.top))
+                answer = await self._ask(server, chat_body(request, skills, skills.top))
             except (_Refused, _Passing) as error:
                 # Some servers break over what they don't know instead of refusing it.
                 if isinstance(error, _Passing) and error.status not in (500, 501):
@@ -256,7 +267,7 @@ class OpenAIBackend(Backend):
     async def _only_model(self, server: _Server) -> str:
         content = await self._sent(server, lambda: server.client.models.with_raw_response.list())
         try:
-            names = [model.id for model in _Models.model_validate_json(content).data]
+            names = [model.id for model in Models.model_validate_json(content).data]
         except ValidationError:
             raise _malformed(server, "list of models") from None
         if len(names) != 1:
@@ -279,10 +290,10 @@ class OpenAIBackend(Backend):
             return await self._score(server, skills, request)
         return await self._generate(server, skills, request)
 
-    async def _generate(self, server: _Server, skills: _Skills, request: Request) -> Completion:
-        answer = await self._ask(server, _body(request, skills))
+    async def _generate(self, server: _Server, skills: Skills, request: Request) -> Completion:
+        answer = await self._ask(server, chat_body(request, skills))
         choice = answer.choices[0]
-        text = _generated(choice, request.prefill, repeats=skills.repeats)
+        text = generated(choice, request.prefill, repeats=skills.repeats)
         if choice.finish_reason not in ("stop", "length"):
             raise BackendError(
                 f"The server at {server.url} should end its answer with 'stop' or 'length', not with "
@@ -294,82 +305,43 @@ class OpenAIBackend(Backend):
         # Not every server and model knows stop strings.
         end = min((at for at in map(text.find, request.stop) if at >= 0), default=None)
         return Completion(
-            text=text[:end], finish_reason="stop" if end is not None else finish, usage=_used(answer)
+            text=text[:end], finish_reason="stop" if end is not None else finish, usage=usage_of(answer)
         )
 
-    async def _score(self, server: _Server, skills: _Skills, request: Request) -> Completion:
+    async def _score(self, server: _Server, skills: Skills, request: Request) -> Completion:
         """Walks the candidates' texts along the likeliest tokens; nearly always one or two requests."""
-        whole = {name: name.encode() for name in request.candidates}
-        if not all(whole.values()):
-            raise BackendError("A candidate must not be empty, and one is.")
-        found: dict[str, list[float]] = {name: [] for name in request.candidates}
         known, usage = ({}, Usage()) if request.exact else await self._look_ahead(server, skills, request)
-        bounded: set[str] = set()
-        open_paths = {b"": 0.0}
-        while open_paths:
-            path, so_far = open_paths.popitem()
-            following = known.get(path, {})
-            if not following:
-                prefill = request.prefill + path.decode()
-                answer = await self._ask(server, _scoring_body(request, prefill, skills))
-                usage += _used(answer)
-                following = next(iter(_likeliest(answer)), {})
+        walk = SpelledWalk(request.candidates, known, exact=request.exact)
+        while (path := walk.next_unread()) is not None:
+            answer = await self._ask(server, scoring_body(request, request.prefill + path.decode(), skills))
+            usage += usage_of(answer)
+            following = next(iter(likeliest(answer)), {})
             if not following:
                 raise _malformed(server, "list of likeliest tokens")
-            tails = {name: text[len(path) :] for name, text in whole.items() if text.startswith(path)}
-            ways = {
-                name: [(piece, logprob) for piece, logprob in following.items() if _spells(piece, tail)]
-                for name, tail in tails.items()
-            }
-            best = max((logprob for way in ways.values() for _, logprob in way), default=None)
-            if best is None and not path:
-                raise BackendError(
-                    f"None of the candidates {list(request.candidates)} is among the {len(following)} likeliest "
-                    "continuations: this model doesn't answer in the form that is asked for."
-                )
-            followed: dict[bytes, float] = {}
-            for name, tail in tails.items():
-                if not ways[name]:
-                    found[name].append(so_far + _bound(following))
-                for piece, logprob in ways[name]:
-                    is_whole = len(piece) >= len(tail)
-                    if is_whole or best is None or logprob - best < _NEGLIGIBLE or not _is_text(path + piece):
-                        found[name].append(so_far + logprob)
-                    else:
-                        longer = path + piece
-                        if request.exact or longer in known:
-                            followed[longer] = so_far + logprob
-                        else:
-                            found[name].append(so_far + logprob)
-                            bounded.add(name)
-            for longer, logprob in followed.items():
-                open_paths[longer] = _log_sum([logprob, open_paths.get(longer, -math.inf)])
-        logprobs = {name: _log_sum(ways) for name, ways in found.items()}
-        # Upper bounds may add up to more than everything.
-        excess = max(0.0, _log_sum(list(logprobs.values())))
+            walk.read(path, following)
         return Completion(
             finish_reason="candidates",
-            logprobs=MappingProxyType({name: logprob - excess for name, logprob in logprobs.items()}),
-            bounded=frozenset(bounded),
+            logprobs=MappingProxyType(walk.logprobs()),
+            bounded=frozenset(walk.bounded),
             usage=usage,
         )
 
     async def _look_ahead(
-        self, server: _Server, skills: _Skills, request: Request
+        self, server: _Server, skills: Skills, request: Request
     ) -> tuple[Mapping[bytes, Mapping[bytes, float]], Usage]:
         """The likeliest tokens after each beginning of the greedy answer, by that beginning."""
         if not server.tells_when_greedy:
             return {}, Usage()
         asked = replace(request, max_tokens=_LABEL_TOKENS, stop=(), candidates=())
-        answer = await self._ask(server, _body(asked, skills, skills.top))
-        likeliest = _likeliest(answer)
-        if not likeliest or len(likeliest[0]) < 2 or min(likeliest[0].values()) < _IMPOSSIBLE:
+        answer = await self._ask(server, chat_body(asked, skills, skills.top))
+        places = likeliest(answer)
+        if not places or len(places[0]) < 2 or min(places[0].values()) < _IMPOSSIBLE:
             server.tells_when_greedy = False
-            return {}, _used(answer)
-        beginnings = itertools.accumulate(_drawn(answer), initial=b"")
-        return dict(zip(beginnings, likeliest, strict=False)), _used(answer)
+            return {}, usage_of(answer)
+        beginnings = itertools.accumulate(drawn(answer), initial=b"")
+        return dict(zip(beginnings, places, strict=False)), usage_of(answer)
 
-    async def _ask(self, server: _Server, body: Mapping[str, Any]) -> _Answer:
+    async def _ask(self, server: _Server, body: Mapping[str, Any]) -> Answer:
         """Sends a chat request and reads the answer.
 
         Raises:
@@ -379,7 +351,7 @@ class OpenAIBackend(Backend):
         create = server.client.chat.completions.with_raw_response.create
         content = await self._sent(server, lambda: create(model=self.model, **body))
         try:
-            return _Answer.model_validate_json(content)
+            return Answer.model_validate_json(content)
         except ValidationError:
             # Its message would show what came.
             raise _malformed(server, "answer") from None
@@ -469,37 +441,16 @@ class _Refused(BackendError):
     """The server refuses a request because of what is in it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Skills:
-    """How to ask a server, and what it can do then.
-
-    Attributes:
-        continues: It continues a begun assistant message.
-        flags: It has to be told to.
-        repeats: Its answer begins with that message.
-        top: How many of the likeliest tokens it tells; 0 for none.
-        limit: What it calls the budget of new tokens.
-        greedy: It lets the temperature be chosen.
-    """
-
-    continues: bool = False
-    flags: bool = False
-    repeats: bool = False
-    top: int = 0
-    limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    greedy: bool = True
-
-
 # From the best to the plainest; the first that isn't refused is taken. 20 is the most that OpenAI and vLLM tell
 # unless configured otherwise. The last is for OpenAI's reasoning models.
 _WAYS_OF_ASKING = (
-    _Skills(continues=True, flags=True, top=20),
-    _Skills(continues=True, flags=True, top=5),
-    _Skills(continues=True, top=20),
-    _Skills(continues=True, top=5),
-    _Skills(continues=True, flags=True),
-    _Skills(),
-    _Skills(limit="max_completion_tokens", greedy=False),
+    Skills(continues=True, flags=True, top=20),
+    Skills(continues=True, flags=True, top=5),
+    Skills(continues=True, top=20),
+    Skills(continues=True, top=5),
+    Skills(continues=True, flags=True),
+    Skills(),
+    Skills(limit="max_completion_tokens", greedy=False),
 )
 
 # A server that ignores what it doesn't know would begin a new answer. So it has to go on with words that only
@@ -516,21 +467,21 @@ _PROBE = Request(
 _PLAIN_PROBE = Request(messages=_PROBE.messages, max_tokens=16)
 
 
-def _proven(skills: _Skills, answer: _Answer) -> _Skills:
+def _proven(skills: Skills, answer: Answer) -> Skills:
     """What of the skills that were asked for shows in the answer to the probe."""
-    plain = _Skills(limit=skills.limit, greedy=skills.greedy)
+    plain = Skills(limit=skills.limit, greedy=skills.greedy)
     if not skills.continues:
         return plain
     for repeats in (False, True):
-        text = _generated(answer.choices[0], _PROBE.prefill, repeats=repeats)
+        text = generated(answer.choices[0], _PROBE.prefill, repeats=repeats)
         if text is not None and text.startswith(_NEXT):
             break
     else:
         return plain
-    following = next(iter(_likeliest(answer)), {})
+    following = next(iter(likeliest(answer)), {})
     best = max(following, key=following.__getitem__) if len(following) > 1 else b""
     tells = best != b"" and (_NEXT.encode().startswith(best) or best.startswith(_NEXT.encode()))
-    return _Skills(continues=True, flags=skills.flags, repeats=repeats, top=skills.top if tells else 0)
+    return Skills(continues=True, flags=skills.flags, repeats=repeats, top=skills.top if tells else 0)
 
 
 @dataclass(eq=False, slots=True)
@@ -540,8 +491,8 @@ class _Server:
     url: str
     client: AsyncOpenAI
     busy: int = 0
-    skills: _Skills | None = None
-    probe: asyncio.Task[_Skills] | None = None
+    skills: Skills | None = None
+    probe: asyncio.Task[Skills] | None = None
     # Whether it tells the model's own probabilities at temperature 0, too; True until it shows that it doesn't.
     tells_when_greedy: bool = True
     failures: int = 0
@@ -602,178 +553,6 @@ class _Pool:
         await asyncio.gather(*self.tasks, *probes, return_exceptions=True)
         for server in self.servers:
             await server.client.close()
-
-
-class _Unshown(str):
-    """Text that is sent but not shown: with debug logging on, versions of the SDK below 3 log what they send."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} characters>"
-
-
-class _Token(BaseModel):
-    token: str
-    logprob: Annotated[float, Field(allow_inf_nan=False)]
-    bytes: list[Annotated[int, Field(ge=0, le=255)]] | None = None
-
-
-class _Position(BaseModel):
-    token: str = ""
-    bytes: list[Annotated[int, Field(ge=0, le=255)]] | None = None
-    top_logprobs: list[_Token] = []
-
-
-class _Logprobs(BaseModel):
-    content: list[_Position] | None = None
-
-
-class _Reply(BaseModel):
-    content: str | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
-
-
-class _Choice(BaseModel):
-    message: _Reply
-    finish_reason: str | None = None
-    logprobs: _Logprobs | None = None
-
-
-class _PromptDetails(BaseModel):
-    cached_tokens: int | None = None
-
-
-class _Counts(BaseModel):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    prompt_tokens_details: _PromptDetails | None = None
-
-
-class _Answer(BaseModel):
-    choices: Annotated[list[_Choice], Field(min_length=1)]
-    usage: _Counts | None = None
-
-
-class _Model(BaseModel):
-    id: str
-
-
-class _Models(BaseModel):
-    data: list[_Model]
-
-
-def _body(request: Request, skills: _Skills, top: int = 0) -> dict[str, Any]:
-    """The chat request for text; with `top`, also for the likeliest tokens at each place."""
-    messages = [{"role": message.role, "content": _Unshown(message.content)} for message in request.messages]
-    body: dict[str, Any] = {"messages": messages, skills.limit: request.max_tokens}
-    if skills.greedy:
-        body["temperature"] = 0.0
-        # Models that don't let the temperature be chosen know no stop strings either.
-        if request.stop:
-            body["stop"] = list(request.stop)
-    if request.prefill:
-        messages.append({"role": "assistant", "content": _Unshown(request.prefill)})
-        if skills.flags:
-            body["extra_body"] = {"continue_final_message": True, "add_generation_prompt": False}
-    if top:
-        body |= {"logprobs": True, "top_logprobs": top}
-    return body
-
-
-def _scoring_body(request: Request, prefill: str, skills: _Skills) -> dict[str, Any]:
-    """The chat request for the likeliest next tokens; which of them is drawn doesn't matter."""
-    asked = replace(request, prefill=prefill, max_tokens=1, stop=(), candidates=())
-    # Some servers report probabilities as the temperature makes them: 1 leaves the model's own.
-    return _body(asked, skills, skills.top) | {"temperature": 1.0}
-
-
-def _generated(choice: _Choice, prefill: str, *, repeats: bool) -> str | None:
-    """What the model generated after the prefill; None where the answer doesn't hold it."""
-    content, thought = choice.message.content, choice.message.reasoning_content or choice.message.reasoning
-    if thought:
-        # A server with a reasoning parser takes the thought out of the answer. The guard reads answers strictly
-        # and must see all that was generated, so it is put back; closed only where an answer follows, since a
-        # thought that ran into its budget never was.
-        text = f"<think>{thought}</think>{content}" if content else f"<think>{thought}"
-        if prefill and not repeats:
-            text = text.removeprefix("<think>")
-    elif content is None:
-        return None
-    else:
-        text = content
-    return _after(prefill, text) if prefill and repeats else text
-
-
-def _after(prefix: str, text: str) -> str | None:
-    """The rest of a text that begins with the prefix, whitespace aside, which reasoning parsers trim."""
-    places: Iterator[int] = (at for at, character in enumerate(text) if not character.isspace())
-    end = 0
-    for expected in "".join(prefix.split()):
-        at = next(places, None)
-        if at is None or text[at] != expected:
-            return None
-        end = at + 1
-    return text[end:]
-
-
-def _drawn(answer: _Answer) -> list[bytes]:
-    """The tokens of an answer."""
-    logprobs = answer.choices[0].logprobs
-    return [_raw(position) for position in (logprobs and logprobs.content) or ()]
-
-
-def _likeliest(answer: _Answer) -> list[dict[bytes, float]]:
-    """At each place of an answer the likeliest tokens with their log-probabilities; those of the same text as one."""
-    logprobs = answer.choices[0].logprobs
-    places = []
-    for position in (logprobs and logprobs.content) or ():
-        pieces: dict[bytes, float] = {}
-        for token in position.top_logprobs:
-            piece = _raw(token)
-            pieces[piece] = min(0.0, _log_sum([token.logprob, pieces.get(piece, -math.inf)]))
-        places.append(pieces)
-    return places
-
-
-def _raw(token: _Token | _Position) -> bytes:
-    return bytes(token.bytes) if token.bytes is not None else token.token.encode()
-
-
-def _spells(piece: bytes, tail: bytes) -> bool:
-    """Whether a token is on the way to a text: its beginning, all of it, or all of it and the end of the word."""
-    if not piece:
-        return False  # a control token
-    if len(piece) <= len(tail):
-        return tail.startswith(piece)
-    return piece.startswith(tail) and not piece[len(tail) :].decode(errors="replace")[0].isalnum()
-
-
-def _bound(following: Mapping[bytes, float]) -> float:
-    """The most that a token which isn't among the likeliest can have."""
-    left = 1.0 - math.fsum(map(math.exp, following.values()))
-    # Engines compute in single precision: what is left over is known to about a millionth.
-    return min(min(following.values()), math.log(max(left, 1e-6)))
-
-
-def _log_sum(logprobs: Sequence[float]) -> float:
-    highest = max(logprobs)
-    return highest + math.log(math.fsum(math.exp(logprob - highest) for logprob in logprobs))
-
-
-def _is_text(raw: bytes) -> bool:
-    try:
-        raw.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _used(answer: _Answer) -> Usage:
-    counts = answer.usage or _Counts()
-    details = counts.prompt_tokens_details or _PromptDetails()
-    return Usage(counts.prompt_tokens or 0, details.cached_tokens or 0, counts.completion_tokens or 0)
 
 
 def _checked_url(url: str) -> str:

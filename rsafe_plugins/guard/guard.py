@@ -395,8 +395,28 @@ class Guard:
         return check.score is not None and low < high and low <= check.score <= high
 
     async def _score(self, checks: Sequence[_Check], *, thought: bool = False) -> None:
-        """The probability of each label right after what the answer begins with."""
+        """The probability of each label right after what the answer begins with.
+
+        Bounds are enough where they settle the label; where they don't, the check is scored once more, exactly.
+        """
+        vague = await self._score_once(checks, thought=thought, exact=thought)
+        for check in vague:
+            check.label = check.score = None
+        await self._score_once(vague, thought=thought, exact=True)
+
+    async def _score_once(self, checks: Sequence[_Check], *, thought: bool, exact: bool) -> list[_Check]:
+        """Scores the checks, and returns those whose label rests on no more than a bound."""
         labels = self.dialect.labels
+        threshold = self.operating_point.threshold
+        vague: list[_Check] = []
+
+        def request(check: _Check) -> Request:
+            begin = self.dialect.begin
+            if thought and (form := self.dialect.thought):
+                begin = f"{form.open}{check.thought}{form.close}{form.then}"
+            return self._request(
+                check, prefill=begin, candidates=tuple(labels), exact=exact, thinking=thought
+            )
 
         def read(check: _Check, completion: Completion) -> None:
             probability = {"safe": 0.0, "unsafe": 0.0}
@@ -415,28 +435,8 @@ class Guard:
             if "safe" in seeming or check.label in seeming:
                 vague.append(check)
 
-        def request(check: _Check) -> Request:
-            begin = self.dialect.begin
-            if thought and (form := self.dialect.thought):
-                begin = f"{form.open}{check.thought}{form.close}{form.then}"
-            return self._request(
-                check,
-                prefill=begin,
-                candidates=tuple(labels),
-                exact=thought or not is_first,
-                thinking=thought,
-            )
-
-        vague: list[_Check] = []
-        is_first = True
-        threshold = self.operating_point.threshold
         await self._ask(checks, request, read)
-        if vague:
-            again, is_first = vague, False
-            vague = []
-            for check in again:
-                check.label = check.score = None
-            await self._ask(again, request, read)
+        return vague
 
     def _request(self, check: _Check, *, thinking: bool = False, **asked: Any) -> Request:
         messages = check.messages

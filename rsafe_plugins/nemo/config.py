@@ -46,10 +46,10 @@ def guard_from_config(config: RailsConfig) -> Guard:
         PolicyError: The policy can't be found or read.
         TemplateError: The template can't be found or read.
     """
-    given = _given(config)
+    given = config.custom_data.get(KEY)
     if isinstance(given, Guard):
         return given
-    values = {name: value for name, value in given.items() if name != POLICIES}
+    values = {name: value for name, value in _settings(config).items() if name != POLICIES}
     for name in ("policy", "template", "threshold", "dialect"):
         if isinstance(value := values.get(name), str):
             values[name] = _beside(config, value)
@@ -76,8 +76,7 @@ def guards_from_config(config: RailsConfig) -> RailGuards:
         PolicyError: A policy can't be found or read.
         TemplateError: The template can't be found or read.
     """
-    given = _given(config)
-    policies: object = None if isinstance(given, Guard) else given.get(POLICIES)
+    policies = _settings(config).get(POLICIES)
     where = f"custom_data.{KEY}.{POLICIES}"
     if not isinstance(policies, Mapping | None):
         raise SettingsError(f"{where} must be a mapping of rails to policies, not {type(policies).__name__}.")
@@ -134,13 +133,14 @@ def backend_from_model(model: Model) -> Backend:
         raise SettingsError(f"{where}: {error}") from error
 
 
-def _given(config: RailsConfig) -> Guard | Mapping[str, Any]:
+def _settings(config: RailsConfig) -> Mapping[str, Any]:
+    """What the config says of the guard by name; nothing where it holds a guard."""
     given = config.custom_data.get(KEY)
-    if isinstance(given, Guard):
-        return given
-    if not isinstance(given, Mapping | None):
+    if given is None or isinstance(given, Guard):
+        return {}
+    if not isinstance(given, Mapping):
         raise SettingsError(f"custom_data.{KEY} must be a mapping of settings, not {type(given).__name__}.")
-    return {str(name): value for name, value in (given or {}).items()}
+    return {str(name): value for name, value in given.items()}
 
 
 def _beside(config: RailsConfig, name: str) -> str | Path:
@@ -175,14 +175,10 @@ def register(app: LLMRails) -> None:
 
 def _take_model(app: LLMRails, guard: Guard) -> None:
     """Takes the guard's model out of those for which NeMo makes clients of its own."""
-    if any(model.type == MODEL_TYPE for model in app.config.models):
-        app.config.models = [model for model in app.config.models if model.type != MODEL_TYPE]
-        app.config.custom_data = {
-            **app.config.custom_data,
-            KEY: {**_settings(app.config), "backend": guard.backend},
-        }
-
-
-def _settings(config: RailsConfig) -> Mapping[str, Any]:
-    given = _given(config)
-    return {} if isinstance(given, Guard) else given
+    config = app.config
+    others = [model for model in config.models if model.type != MODEL_TYPE]
+    if len(others) == len(config.models):
+        return
+    config.models = others
+    if not isinstance(config.custom_data.get(KEY), Guard):
+        config.custom_data = {**config.custom_data, KEY: {**_settings(config), "backend": guard.backend}}

