@@ -10,8 +10,9 @@ from nemoguardrails.rails.llm.config import colang_path_dirs
 
 from rsafe_plugins.nemo.actions import RailActions
 from rsafe_plugins.nemo.config import guard_from_config, register
+from rsafe_plugins.nemo.iorails import enable_iorails
 
-__all__ = ["RailActions", "guard_from_config", "register"]
+__all__ = ["RailActions", "enable_iorails", "guard_from_config", "register"]
 
 # NeMo looks for `rsafe_plugins/rails` in the folder it is installed in itself. This adds the folder that this
 # package came from, for those who have it on PYTHONPATH, and before the others: the flows must fit this code.

@@ -27,6 +27,8 @@ from rsafe_plugins.policy import Policy
 log = logging.getLogger(__name__)
 
 _NO_VERDICT = "The guard gave no verdict."
+# NeMo hands the refusal of a rail to the output rails.
+_OWN_REFUSAL = RailOutcome.allow(reason="the app's own refusal")
 _JUST_NOW = 60.0  # seconds between two of NeMo's steps in one turn, at most
 
 
@@ -98,20 +100,41 @@ class RailActions:
         Raises:
             RSafeError: The check failed and `on_error` is `raise`.
         """
-        if _is_refusal(text, config):
-            # NeMo hands the refusal of a rail to the output rails.
-            return RailOutcome.allow(reason="the app's own refusal")
-        answer = Said("response", text_of(text))
         if events is None:
-            said = [Said("prompt", text_of(prompt)), answer]
-            return await self._judge("output", policy, config, said, only_last=True)
+            return await self.check_answer(text, prompt, policy, (), config)
+        if _is_refusal(text, config):
+            return _OWN_REFUSAL
         # In Colang 2 a conversation has no messages that went past its flows.
         is_seen = (
             _is_colang_2(config) or not _input_rail_is_on(config, context) or _last_prompt_has_passed(events)
         )
-        return await self._judge(
-            "output", policy, config, [*_said(events, config), answer], only_last=is_seen
-        )
+        said = [*_said(events, config), Said("response", text_of(text))]
+        return await self._judge("output", policy, config, said, only_last=is_seen)
+
+    async def check_answer(
+        self,
+        text: object,
+        prompt: object,
+        policy: object,
+        events: Sequence[Mapping[str, Any]],
+        config: RailsConfig | None,
+    ) -> RailOutcome:
+        """Judges what the model answered to a prompt that an input rail has seen, or was not to see.
+
+        Args:
+            text: The answer, or the part of it that is about to be streamed.
+            prompt: What it answers.
+            policy: See the class.
+            events: What came before the prompt, as NeMo's events.
+            config: See the class.
+
+        Raises:
+            RSafeError: The check failed and `on_error` is `raise`.
+        """
+        if _is_refusal(text, config):
+            return _OWN_REFUSAL
+        said = [*_said(events, config), Said("prompt", text_of(prompt)), Said("response", text_of(text))]
+        return await self._judge("output", policy, config, said, only_last=True)
 
     @action(is_system_action=True)  # type: ignore[untyped-decorator]
     async def rsafe_check_retrieval(

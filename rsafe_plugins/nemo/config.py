@@ -52,7 +52,7 @@ def guard_from_config(config: RailsConfig) -> Guard:
     values = {name: value for name, value in _settings(config).items() if name != POLICIES}
     for name in ("policy", "template", "threshold", "dialect"):
         if isinstance(value := values.get(name), str):
-            values[name] = _beside(config, value)
+            values[name] = _beside(config.config_path, value)
     model = next((model for model in config.models if model.type == MODEL_TYPE), None)
     if model is not None:
         if values.get("backend") is not None:
@@ -88,8 +88,10 @@ def guards_from_config(config: RailsConfig) -> RailGuards:
             raise SettingsError(f"{where}.{name} must be a policy's name or path, not {policy!r}.")
         of_rails[name] = policy
 
+    folder = config.config_path  # the guards may outlive the config
+
     def find(name: str | Path) -> Policy:
-        return Policy.load(_beside(config, str(name)))
+        return Policy.load(_beside(folder, str(name)))
 
     guards = RailGuards(guard_from_config(config), of_rails, find)
     guards.check(config)
@@ -143,9 +145,9 @@ def _settings(config: RailsConfig) -> Mapping[str, Any]:
     return {str(name): value for name, value in given.items()}
 
 
-def _beside(config: RailsConfig, name: str) -> str | Path:
+def _beside(folder: str | None, name: str) -> str | Path:
     """The file of that name in the config's folder; without one, the name."""
-    beside = Path(config.config_path) / name if config.config_path else None
+    beside = Path(folder) / name if folder else None
     return beside if beside is not None and beside.is_file() else name
 
 

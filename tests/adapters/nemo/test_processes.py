@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -10,14 +9,14 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from support.nemo import ANSWER, REFUSAL
+from support.chat_server import ChatServer
+from support.nemo import ANSWER, REFUSAL, SAFE, UNSAFE
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -40,64 +39,17 @@ STREAMING = ", streaming: {enabled: true, stream_first: false}"
 DEAD = "http://127.0.0.1:9/v1"
 
 
-class Models(BaseHTTPRequestHandler):
-    """OpenAI's chat API: a main model that says the same each time, and a guard that finds one word unsafe."""
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        text = ANSWER
-        if body["model"] == "a-guard":
-            text = r"\boxed{unsafe}" if "BAD" in str(body["messages"]) else r"\boxed{safe}"
-        if body.get("stream"):
-            self.stream(text)
-            return
-        message = {"role": "assistant", "content": text}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        self.answer("application/json", json.dumps(completion(body, choices=[choice])))
-
-    def stream(self, text: str) -> None:
-        deltas = [
-            {"index": 0, "delta": {"content": f"{word} "}, "finish_reason": None} for word in text.split()
-        ]
-        deltas.append({"index": 0, "delta": {}, "finish_reason": "stop"})
-        lines = [
-            json.dumps(
-                {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m", "choices": [one]}
-            )
-            for one in deltas
-        ]
-        self.answer("text/event-stream", "".join(f"data: {line}\n\n" for line in [*lines, "[DONE]"]))
-
-    def answer(self, kind: str, text: str) -> None:
-        content = text.encode()
-        self.send_response(200)
-        self.send_header("content-type", kind)
-        self.send_header("content-length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        """Nothing."""
-
-
-def completion(body: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-    return {
-        "id": "1",
-        "object": "chat.completion",
-        "created": 0,
-        "model": body["model"],
-        "usage": usage,
-        **more,
-    }
+def reply(body: Mapping[str, Any]) -> str:
+    """A main model that says the same each time, and a guard that finds one word unsafe."""
+    if body["model"] != "a-guard":
+        return ANSWER
+    return UNSAFE if "BAD" in str(body["messages"]) else SAFE
 
 
 @pytest.fixture(scope="module")
 def models() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Models)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
+    with ChatServer(reply) as server:
+        yield server.url
 
 
 @pytest.fixture(scope="module")
