@@ -122,6 +122,8 @@ class Backend(abc.ABC):
         concurrency: How many requests the engine works on at once.
         depth_first: Whether a content's requests should follow each other at once, so many contents at a time as
             `concurrency` says: for an engine that keeps what it computed for one only until the next one comes.
+        joins_callers: Whether the engine itself works on what several callers ask at once as one batch. Where it
+            doesn't, the guard puts single requests of callers at the same time into one `complete`.
         closed: Whether `aclose` was called.
     """
 
@@ -131,6 +133,7 @@ class Backend(abc.ABC):
     renders_chat: bool = True
     concurrency: int = 64
     depth_first: bool = False
+    joins_callers: bool = False
     closed: bool = False
 
     async def start(self) -> None:

@@ -56,6 +56,8 @@ class LlamaCppBackend(Backend):
         >>> Guard(backend=LlamaCppBackend("my-guard.Q4_K_M.gguf", context=8192))
     """
 
+    joins_callers = True
+
     def __init__(
         self,
         model: str | Path | None = None,

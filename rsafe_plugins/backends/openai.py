@@ -86,6 +86,8 @@ class OpenAIBackend(Backend):
         >>> Guard(backend=OpenAIBackend("http://localhost:8000/v1", "rsafe-7b"))
     """
 
+    joins_callers = True
+
     def __init__(
         self,
         base_url: str | Sequence[str],

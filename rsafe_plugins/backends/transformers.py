@@ -60,6 +60,8 @@ class TransformersBackend(Backend):
         >>> Guard(backend=TransformersBackend("Qwen/Qwen2.5-1.5B-Instruct", adapter="my-adapter"))
     """
 
+    joins_callers = True
+
     def __init__(
         self,
         model: str | Path,

@@ -50,6 +50,8 @@ class VLLMBackend(Backend):
         >>> Guard(backend=VLLMBackend("Qwen/Qwen2.5-7B-Instruct", adapter="my-adapter", tensor_parallel=2))
     """
 
+    joins_callers = True
+
     def __init__(
         self,
         model: str | Path,

@@ -25,6 +25,7 @@ from rsafe_plugins.guard.content import Content
 from rsafe_plugins.guard.dialects import dialect_of, guessed
 from rsafe_plugins.guard.fitted import OperatingPoint, operating_point
 from rsafe_plugins.guard.flights import Flights
+from rsafe_plugins.guard.joiner import Joiner
 from rsafe_plugins.guard.parts import MOST_CHARACTERS, MOST_PARTS, Span, halves
 from rsafe_plugins.guard.settings import GuardSettings, OnError, Reasoning
 from rsafe_plugins.guard.verdict import Label, Verdict, named_categories
@@ -50,6 +51,7 @@ class _Check:
     content: Content
     policy: Policy
     messages: tuple[Message, ...]
+    since: float = field(default_factory=time.monotonic)
     label: Label | None = None
     score: float | None = None
     thought: str | None = None
@@ -164,6 +166,7 @@ class Guard:
                 f"A guard of the dialect {self.dialect.name} doesn't think: set reasoning to never or adaptive."
             )
         self._flights = Flights(self._judge, settings.cache, lambda check: check.error is None, self._late)
+        self._joiner = Joiner(self._complete)
         _ = self.operating_point  # a file that can't be read is said now, not at the first check
 
     @property
@@ -193,7 +196,7 @@ class Guard:
             PolicyError: No category of the policy applies to one of the kinds of content.
             RSafeError: A check failed and `on_error` is `raise`.
         """
-        return loop.run_blocking(self._check_many(_listed(contents)))
+        return loop.run_blocking(self._check_many(_listed(contents), time.monotonic()))
 
     async def acheck(self, content: Content | str) -> Verdict:
         """Like `check`, without blocking the caller's event loop."""
@@ -201,15 +204,16 @@ class Guard:
 
     async def acheck_many(self, contents: Iterable[Content | str]) -> list[Verdict]:
         """Like `check_many`, without blocking the caller's event loop. Cancelling it cancels the engine's work."""
-        return await loop.run(self._check_many(_listed(contents)))
+        return await loop.run(self._check_many(_listed(contents), time.monotonic()))
 
-    async def _check_many(self, contents: Sequence[Content | str]) -> list[Verdict]:
-        started = time.perf_counter()
+    async def _check_many(self, contents: Sequence[Content | str], since: float) -> list[Verdict]:
         checks = [await self._begin(_content(content)) for content in contents]
+        for check in checks:
+            check.since = since
         results = await self._flights.results(
             [(_key(check.content), check) for check in checks], self._seconds(len(checks))
         )
-        latency = (time.perf_counter() - started) * 1000
+        latency = (time.monotonic() - since) * 1000
         return [self._verdict(check, latency, cached=cached) for check, cached in results]
 
     def _seconds(self, checks: int) -> float:
@@ -527,13 +531,22 @@ class Guard:
     ) -> None:
         """One engine batch: a request a check, and what is read from each completion.
 
+        A single request goes together with those of other callers.
+
         Whatever goes wrong becomes the check's error, never its verdict; where the batch only explains a
         verdict, it changes nothing.
         """
         checks = [check for check in checks if check.error is None]
         if not checks:
             return
-        for check, completion in zip(checks, await self._complete([request(c) for c in checks]), strict=True):
+        requests = [request(check) for check in checks]
+        if len(requests) == 1 and not self.backend.joins_callers:
+            completions: Sequence[Completion | BackendError] = [
+                await self._joiner.complete(requests[0], checks[0].since)
+            ]
+        else:
+            completions = await self._complete(requests)
+        for check, completion in zip(checks, completions, strict=True):
             try:
                 if isinstance(completion, BackendError):
                     raise completion
