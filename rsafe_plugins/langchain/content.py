@@ -19,13 +19,15 @@ from langchain_core.messages import (
     FunctionMessage,
     RemoveMessage,
     SystemMessage,
+    ToolCall,
     ToolMessage,
     convert_to_messages,
 )
 from langchain_core.prompt_values import ChatPromptValue, PromptValue, StringPromptValue
 
 from rsafe_plugins.guard import Content
-from rsafe_plugins.guard.texts import Part, Said, Text, parts, text_of
+from rsafe_plugins.guard.content import Turn
+from rsafe_plugins.guard.texts import Part, Said, Text, parts, text_of, turn_of
 from rsafe_plugins.policy import ContentKind, Policy
 
 _ROLES: Mapping[str, ContentKind | None] = {
@@ -36,6 +38,11 @@ _ROLES: Mapping[str, ContentKind | None] = {
     "system": None,
     "developer": None,
 }
+
+
+# Where providers leave tool calls beside `tool_calls`.
+_RAW_CALLS = frozenset({"tool_calls", "function_call"})
+_CALL_BLOCKS = frozenset({"tool_use", "tool_call", "function_call"})
 
 
 def to_parts(value: Any, kind: ContentKind, policy: Policy) -> list[Part]:
@@ -55,7 +62,7 @@ def to_parts(value: Any, kind: ContentKind, policy: Policy) -> list[Part]:
     if isinstance(value, str):
         return [Part(kind, Content(kind, value), (0,))]
     if isinstance(value, Document):
-        return [Part("document", Content.document(_document_text(value)), (0,))]
+        return [Part("document", Content.document(document_text(value)), (0,))]
     messages = _messages(value)
     spoken = [(index, said) for index, message in enumerate(messages) if (said := _kind(message)) is not None]
     if not spoken:
@@ -65,6 +72,44 @@ def to_parts(value: Any, kind: ContentKind, policy: Policy) -> list[Part]:
         replace(part, messages=tuple(spoken[place][0] for place in part.messages))
         for part in parts(conversation, policy)
     ]
+
+
+def reply_parts(
+    history: Sequence[BaseMessage], reply: AIMessage, calls: Sequence[ToolCall]
+) -> list[tuple[Part, ToolCall | None]]:
+    """What of a model's answer is judged: all that it says as a response, and each tool call.
+
+    Args:
+        history: The messages before it.
+        reply: The answer.
+        calls: Those of its tool calls that are judged by themselves.
+
+    Returns:
+        A part for what it says, if it says anything, with None; then a part for each call, with the call.
+    """
+    turns = _turns(history)
+    said = _text(reply, without=calls)
+    found: list[tuple[Part, ToolCall | None]] = []
+    if said.text.strip():
+        found.append((Part("response", Content("response", said.text, history=turns), ()), None))
+    if said.unreadable is not None:
+        found.append((Part("response", said.unreadable, ()), None))
+    for call in calls:
+        content = replace(Content.tool_call(call["name"], call["args"]), history=turns)
+        found.append((Part("tool_call", content, ()), call))
+    return found
+
+
+def result_part(history: Sequence[BaseMessage], result: ToolMessage) -> Part:
+    """A tool's result, with the messages before it."""
+    said = text_of(result.content)
+    content = Content("tool_result", said.text, result.name or "", _turns(history))
+    return Part("tool_result", said.unreadable or content, ())
+
+
+def text_shown(message: BaseMessage) -> str:
+    """All text of a message, for a person."""
+    return _text(message).text
 
 
 def refusal(value: Any, text: str, blocked: Collection[int]) -> Any:
@@ -113,6 +158,14 @@ def whole(chunks: Sequence[Any], input_key: str | None = None) -> Any:
         is_text = all(isinstance(value, str) for value in values)
         together[key] = whole(values) if key == input_key or is_text else values[-1]
     return together
+
+
+def length(chunk: Any, input_key: str | None = None) -> int:
+    """Characters of a stream's chunk, as far as they are text."""
+    judged = chunk.get(input_key, "") if input_key is not None and isinstance(chunk, Mapping) else chunk
+    if isinstance(judged, BaseMessage):
+        return len(_text(judged).text)
+    return len(judged) if isinstance(judged, str) else 0
 
 
 def _joined(chunks: Sequence[Any]) -> Any:
@@ -184,16 +237,40 @@ def _said(message: BaseMessage, kind: ContentKind) -> Said:
     return Said(kind, _text(message), (message.name or "") if kind == "tool_result" else "")
 
 
-def _text(message: BaseMessage) -> Text:
-    """All text of a message: that of every content block, and of the tool calls that an agent would make."""
+def _turns(messages: Sequence[BaseMessage]) -> tuple[Turn, ...]:
+    kinds = ((message, _kind(message)) for message in messages)
+    return tuple(turn_of(_said(message, kind)) for message, kind in kinds if kind is not None)
+
+
+def _text(message: BaseMessage, without: Sequence[ToolCall] = ()) -> Text:
+    """All text of a message: that of every content block, and of the tool calls that an agent would make.
+
+    Args:
+        message: The message.
+        without: Tool calls that are left out, wherever a provider has put them.
+    """
     if not isinstance(message, AIMessage):
         return text_of(message.content)
-    content = text_of(message.content)
+    blocks, kwargs = message.content, message.additional_kwargs
+    if without:
+        ids = {call["id"] for call in without}
+        if isinstance(blocks, list):
+            blocks = [block for block in blocks if not _is_call(block, ids)]
+        kwargs = {key: value for key, value in kwargs.items() if key not in _RAW_CALLS}
+    content = text_of(blocks)
     # Providers leave reasoning, refusals and older forms of tool calls here.
-    more = text_of(message.additional_kwargs)
-    calls = (_call(call) for call in (*message.tool_calls, *message.invalid_tool_calls))
+    more = text_of(kwargs)
+    others = [call for call in message.tool_calls if call not in without]
+    calls = (_call(call) for call in (*others, *message.invalid_tool_calls))
     texts = [content.text, *calls, more.text]
     return Text("\n".join(filter(None, texts)), content.unreadable or more.unreadable)
+
+
+def _is_call(block: Any, ids: Collection[str | None]) -> bool:
+    """Whether a content block is one of these tool calls."""
+    if not isinstance(block, Mapping) or block.get("type") not in _CALL_BLOCKS:
+        return False
+    return block.get("call_id", block.get("id")) in ids
 
 
 def _call(call: Mapping[str, Any]) -> str:
@@ -203,7 +280,8 @@ def _call(call: Mapping[str, Any]) -> str:
     return f"{call['name']}({arguments})"
 
 
-def _document_text(document: Document) -> str:
+def document_text(document: Document) -> str:
+    """A document's text with its metadata."""
     # What a chain shows the model of a document is up to its prompt, so the metadata is judged too.
     lines = [f"{key}: {value}" for key, value in document.metadata.items()]
     return "\n".join([*lines, document.page_content])

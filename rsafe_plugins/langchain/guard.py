@@ -9,16 +9,17 @@ from typing import Any, Literal
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
 from pydantic import ConfigDict
 
-from rsafe_plugins.errors import UnreadableContent
+from rsafe_plugins.errors import SettingsError, UnreadableContent
 from rsafe_plugins.guard import Content, Guard, GuardSettings, Verdict
 from rsafe_plugins.guard.texts import Part, acheck_many, check_many, worst
-from rsafe_plugins.langchain.content import refusal, to_parts, whole
+from rsafe_plugins.langchain.content import length, refusal, to_parts, whole
 from rsafe_plugins.langchain.errors import RSafeViolationError
 from rsafe_plugins.policy import ContentKind
 
 ExitBehavior = Literal["error", "replace", "annotate"]
 
 REFUSAL = "I can't help with that request."
+_RUN_TYPE = "guard"  # in traces
 
 
 class RSafeGuard(RunnableSerializable[Any, Any]):
@@ -30,7 +31,8 @@ class RSafeGuard(RunnableSerializable[Any, Any]):
     messages are not judged. A message with an image, a sound or a file that isn't text can't be judged: that is
     a failed check, and the guard's `on_error` decides.
 
-    `batch` and `abatch` judge all inputs as one engine batch. A stream is held until all of it is judged.
+    `batch` and `abatch` judge all inputs as one engine batch. A stream is held until all of it is judged, or, with
+    `stream_window`, until all that it said so far is.
 
     Args:
         guard: A `Guard`, or the settings to make one; None for `Guard()`.
@@ -42,6 +44,8 @@ class RSafeGuard(RunnableSerializable[Any, Any]):
             `tool_result`. Messages and documents say themselves what they are.
         input_key: Where the input is a mapping, the key of what is judged.
         violation_message: The refusal's text.
+        stream_window: Characters of a stream after which all that was said so far is judged and handed on. Each
+            window costs a check; what a later one blocks, the reader has partly seen. None holds the whole stream.
         name: The Runnable's name in traces and graphs; None for `RSafeGuard`.
 
     Raises:
@@ -63,6 +67,7 @@ class RSafeGuard(RunnableSerializable[Any, Any]):
     kind: ContentKind
     input_key: str | None
     violation_message: str
+    stream_window: int | None
 
     def __init__(
         self,
@@ -72,14 +77,21 @@ class RSafeGuard(RunnableSerializable[Any, Any]):
         kind: ContentKind = "prompt",
         input_key: str | None = None,
         violation_message: str = REFUSAL,
+        stream_window: int | None = None,
         name: str | None = None,
     ) -> None:
+        if stream_window is not None and (stream_window < 1 or exit_behavior == "annotate"):
+            raise SettingsError(
+                "stream_window must be at least 1 character, and can't go with exit_behavior='annotate', "
+                f"which makes one output of a stream; it is {stream_window}."
+            )
         super().__init__(
             guard=Guard.of(guard),
             exit_behavior=exit_behavior,
             kind=kind,
             input_key=input_key,
             violation_message=violation_message,
+            stream_window=stream_window,
             name=name,
         )
 
@@ -92,7 +104,9 @@ class RSafeGuard(RunnableSerializable[Any, Any]):
             TypeError: It is nothing that can be judged.
             ValueError: There is no message to judge.
         """
-        return self._call_with_config(lambda value: _passed(self._judge([value]))[0], input, config)
+        return self._call_with_config(
+            lambda value: _passed(self._judge([value]))[0], input, config, run_type=_RUN_TYPE
+        )
 
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         """Like `invoke`, without blocking the event loop."""
@@ -100,7 +114,7 @@ class RSafeGuard(RunnableSerializable[Any, Any]):
         async def judge(value: Any) -> Any:
             return _passed(await self._ajudge([value]))[0]
 
-        return await self._acall_with_config(judge, input, config)
+        return await self._acall_with_config(judge, input, config, run_type=_RUN_TYPE)
 
     def batch(
         self,
@@ -115,7 +129,9 @@ class RSafeGuard(RunnableSerializable[Any, Any]):
         `max_concurrency` doesn't split the batch: the engine has its own limit. Where the guard's
         `on_error` is `raise`, one failed check is the exception of every input of the batch.
         """
-        outputs = self._batch_with_config(self._judge, inputs, config, return_exceptions=return_exceptions)
+        outputs = self._batch_with_config(
+            self._judge, inputs, config, return_exceptions=return_exceptions, run_type=_RUN_TYPE
+        )
         return _uninterrupted(outputs)
 
     async def abatch(
@@ -128,7 +144,7 @@ class RSafeGuard(RunnableSerializable[Any, Any]):
     ) -> list[Any]:
         """Like `batch`, without blocking the event loop."""
         outputs = await self._abatch_with_config(
-            self._ajudge, inputs, config, return_exceptions=return_exceptions
+            self._ajudge, inputs, config, return_exceptions=return_exceptions, run_type=_RUN_TYPE
         )
         return _uninterrupted(outputs)
 
@@ -159,14 +175,19 @@ class RSafeGuard(RunnableSerializable[Any, Any]):
     def transform(
         self, input: Iterator[Any], config: RunnableConfig | None = None, **kwargs: Any
     ) -> Iterator[Any]:
-        """Holds a stream until all of it is judged, then hands on the same chunks."""
+        """Holds a stream until it is judged, whole or window by window, then hands on the same chunks."""
 
         def gate(chunks: Iterator[Any]) -> Iterator[Any]:
-            if held := list(chunks):
-                together = whole(held, self.input_key)
-                yield from _released(held, together, self._judge([together]))
+            stream = _Stream(self.stream_window, self.input_key)
+            for chunk in chunks:
+                if stream.add(chunk):
+                    yield from stream.released(self._judge([stream.together()]))
+                    if stream.is_over:
+                        return
+            if stream.has_more:
+                yield from stream.released(self._judge([stream.together()]))
 
-        yield from self._transform_stream_with_config(input, gate, config)
+        yield from self._transform_stream_with_config(input, gate, config, run_type=_RUN_TYPE)
 
     async def atransform(
         self, input: AsyncIterator[Any], config: RunnableConfig | None = None, **kwargs: Any
@@ -174,12 +195,18 @@ class RSafeGuard(RunnableSerializable[Any, Any]):
         """Like `transform`, without blocking the event loop."""
 
         async def gate(chunks: AsyncIterator[Any]) -> AsyncIterator[Any]:
-            if held := [chunk async for chunk in chunks]:
-                together = whole(held, self.input_key)
-                for chunk in _released(held, together, await self._ajudge([together])):
-                    yield chunk
+            stream = _Stream(self.stream_window, self.input_key)
+            async for chunk in chunks:
+                if stream.add(chunk):
+                    for one in stream.released(await self._ajudge([stream.together()])):
+                        yield one
+                    if stream.is_over:
+                        return
+            if stream.has_more:
+                for one in stream.released(await self._ajudge([stream.together()])):
+                    yield one
 
-        async for chunk in self._atransform_stream_with_config(input, gate, config):
+        async for chunk in self._atransform_stream_with_config(input, gate, config, run_type=_RUN_TYPE):
             yield chunk
 
     def _judge(self, values: list[Any]) -> list[Any]:
@@ -259,10 +286,44 @@ def _uninterrupted(outputs: list[Any]) -> list[Any]:
     return outputs
 
 
-def _released(held: list[Any], together: Any, outcomes: list[Any]) -> list[Any]:
-    """The chunks as they came where nothing was to be changed."""
-    _passed(outcomes)
-    return held if outcomes[0] is together else outcomes
+class _Stream:
+    """The chunks of a stream: those handed on, and those that wait for a verdict on all that was said so far."""
+
+    def __init__(self, window: int | None, input_key: str | None) -> None:
+        self.is_over = False
+        self._window = window
+        self._input_key = input_key
+        self._chunks: list[Any] = []
+        self._passed = 0
+        self._waiting = 0  # characters
+
+    @property
+    def has_more(self) -> bool:
+        """Whether a chunk waits."""
+        return self._passed < len(self._chunks)
+
+    def add(self, chunk: Any) -> bool:
+        """Takes a chunk; says whether a window is full."""
+        self._chunks.append(chunk)
+        if self._window is None:
+            return False
+        self._waiting += length(chunk, self._input_key)
+        return self._waiting >= self._window
+
+    def together(self) -> Any:
+        """All that was said so far."""
+        self._asked = whole(self._chunks, self._input_key)
+        return self._asked
+
+    def released(self, outcomes: list[Any]) -> list[Any]:
+        """What may be handed on: the chunks as they came where nothing was to be changed; else the change."""
+        (outcome,) = _passed(outcomes)
+        if outcome is not self._asked:
+            self.is_over = True
+            return [outcome]
+        chunks = self._chunks[self._passed :]
+        self._passed, self._waiting = len(self._chunks), 0
+        return chunks
 
 
 def _listed(
