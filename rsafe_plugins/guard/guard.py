@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -51,7 +52,7 @@ class _Check:
     content: Content
     policy: Policy
     messages: tuple[Message, ...]
-    since: float = field(default_factory=time.monotonic)
+    caller: int = 0
     label: Label | None = None
     score: float | None = None
     thought: str | None = None
@@ -196,7 +197,7 @@ class Guard:
             PolicyError: No category of the policy applies to one of the kinds of content.
             RSafeError: A check failed and `on_error` is `raise`.
         """
-        return loop.run_blocking(self._check_many(_listed(contents), time.monotonic()))
+        return loop.run_blocking(self._check_many(_listed(contents), threading.get_ident()))
 
     async def acheck(self, content: Content | str) -> Verdict:
         """Like `check`, without blocking the caller's event loop."""
@@ -204,16 +205,17 @@ class Guard:
 
     async def acheck_many(self, contents: Iterable[Content | str]) -> list[Verdict]:
         """Like `check_many`, without blocking the caller's event loop. Cancelling it cancels the engine's work."""
-        return await loop.run(self._check_many(_listed(contents), time.monotonic()))
+        return await loop.run(self._check_many(_listed(contents), id(asyncio.current_task())))
 
-    async def _check_many(self, contents: Sequence[Content | str], since: float) -> list[Verdict]:
+    async def _check_many(self, contents: Sequence[Content | str], caller: int) -> list[Verdict]:
+        started = time.perf_counter()
         checks = [await self._begin(_content(content)) for content in contents]
         for check in checks:
-            check.since = since
+            check.caller = caller
         results = await self._flights.results(
             [(_key(check.content), check) for check in checks], self._seconds(len(checks))
         )
-        latency = (time.monotonic() - since) * 1000
+        latency = (time.perf_counter() - started) * 1000
         return [self._verdict(check, latency, cached=cached) for check, cached in results]
 
     def _seconds(self, checks: int) -> float:
@@ -542,7 +544,7 @@ class Guard:
         requests = [request(check) for check in checks]
         if len(requests) == 1 and not self.backend.joins_callers:
             completions: Sequence[Completion | BackendError] = [
-                await self._joiner.complete(requests[0], checks[0].since)
+                await self._joiner.complete(requests[0], checks[0].caller)
             ]
         else:
             completions = await self._complete(requests)

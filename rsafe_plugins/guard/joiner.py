@@ -11,8 +11,8 @@ from typing import Any
 from rsafe_plugins.backends import Completion, Request
 from rsafe_plugins.errors import BackendError
 
-_QUIET = 0.002  # seconds without another request, after which those that wait go
-_LONGEST = 0.02  # seconds that one waits for others at most
+_QUIET = 0.012  # seconds without another request, after which those that wait go
+_LONGEST = 0.08  # seconds that one waits for others at most
 
 Answer = Completion | BackendError
 Send = Callable[[Sequence[Request]], Coroutine[Any, Any, Sequence[Answer]]]
@@ -25,6 +25,7 @@ class _Group:
     waiting: list[tuple[Request, asyncio.Future[Answer]]] = field(default_factory=list)
     departure: asyncio.Task[None] | None = None
     under_way: int = 0
+    last_caller: int = 0
     last_arrival: float = 0.0
     last_end: float = 0.0
 
@@ -46,12 +47,12 @@ class Joiner:
         self._groups: dict[Hashable, _Group] = {}
         self._calls: set[asyncio.Task[Any]] = set()  # so that none is collected before its end
 
-    async def complete(self, request: Request, since: float) -> Answer:
+    async def complete(self, request: Request, caller: int) -> Answer:
         """The engine's answer to one request.
 
         Args:
             request: The request.
-            since: When its caller began, by `time.monotonic()`.
+            caller: Stands for who asks; whoever asks one thing after the other is the same caller.
         """
         loop = asyncio.get_running_loop()
         if loop is not self._loop:  # a forked child starts anew
@@ -61,8 +62,10 @@ class Joiner:
         group.waiting.append((request, answer))
         group.last_arrival = time.monotonic()
         if group.departure is None:
-            has_company = group.under_way > 0 or since < group.last_end
+            is_another = caller != group.last_caller and group.last_arrival - group.last_end < _QUIET
+            has_company = group.under_way > 0 or is_another
             group.departure = loop.create_task(self._depart(group, _LONGEST if has_company else 0.0))
+        group.last_caller = caller
         return await answer
 
     async def _depart(self, group: _Group, longest: float) -> None:

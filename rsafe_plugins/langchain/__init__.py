@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from rsafe_plugins.guard.violation import RSafeViolationError
 from rsafe_plugins.langchain.documents import RSafeDocumentCompressor
-from rsafe_plugins.langchain.errors import RSafeViolationError
 from rsafe_plugins.langchain.guard import RSafeGuard
 
 if TYPE_CHECKING:

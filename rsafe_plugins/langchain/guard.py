@@ -11,15 +11,16 @@ from pydantic import ConfigDict
 
 from rsafe_plugins.errors import SettingsError, UnreadableContent
 from rsafe_plugins.guard import Content, Guard, GuardSettings, Verdict
+from rsafe_plugins.guard.streams import Windows, check_window
 from rsafe_plugins.guard.texts import Part, acheck_many, check_many, worst
+from rsafe_plugins.guard.violation import REFUSAL, RSafeViolationError
 from rsafe_plugins.langchain.content import length, refusal, to_parts, whole
-from rsafe_plugins.langchain.errors import RSafeViolationError
 from rsafe_plugins.policy import ContentKind
 
 ExitBehavior = Literal["error", "replace", "annotate"]
 
-REFUSAL = "I can't help with that request."
 _RUN_TYPE = "guard"  # in traces
+_END = object()  # behind the last chunk of a stream
 
 
 class RSafeGuard(RunnableSerializable[Any, Any]):
@@ -80,10 +81,10 @@ class RSafeGuard(RunnableSerializable[Any, Any]):
         stream_window: int | None = None,
         name: str | None = None,
     ) -> None:
-        if stream_window is not None and (stream_window < 1 or exit_behavior == "annotate"):
+        check_window(stream_window)
+        if stream_window is not None and exit_behavior == "annotate":
             raise SettingsError(
-                "stream_window must be at least 1 character, and can't go with exit_behavior='annotate', "
-                f"which makes one output of a stream; it is {stream_window}."
+                "stream_window can't go with exit_behavior='annotate', which makes one output of a stream."
             )
         super().__init__(
             guard=Guard.of(guard),
@@ -178,14 +179,14 @@ class RSafeGuard(RunnableSerializable[Any, Any]):
         """Holds a stream until it is judged, whole or window by window, then hands on the same chunks."""
 
         def gate(chunks: Iterator[Any]) -> Iterator[Any]:
-            stream = _Stream(self.stream_window, self.input_key)
-            for chunk in chunks:
-                if stream.add(chunk):
-                    yield from stream.released(self._judge([stream.together()]))
-                    if stream.is_over:
+            stream = self._windows()
+            for chunk in _and_end(chunks):
+                if stream.add(chunk) if chunk is not _END else stream.has_more:
+                    together = self._together(stream)
+                    released = _released(stream, together, self._judge([together]))
+                    yield from released
+                    if stream.has_more:
                         return
-            if stream.has_more:
-                yield from stream.released(self._judge([stream.together()]))
 
         yield from self._transform_stream_with_config(input, gate, config, run_type=_RUN_TYPE)
 
@@ -195,19 +196,23 @@ class RSafeGuard(RunnableSerializable[Any, Any]):
         """Like `transform`, without blocking the event loop."""
 
         async def gate(chunks: AsyncIterator[Any]) -> AsyncIterator[Any]:
-            stream = _Stream(self.stream_window, self.input_key)
-            async for chunk in chunks:
-                if stream.add(chunk):
-                    for one in stream.released(await self._ajudge([stream.together()])):
-                        yield one
-                    if stream.is_over:
+            stream = self._windows()
+            async for chunk in _aand_end(chunks):
+                if stream.add(chunk) if chunk is not _END else stream.has_more:
+                    together = self._together(stream)
+                    for released in _released(stream, together, await self._ajudge([together])):
+                        yield released
+                    if stream.has_more:
                         return
-            if stream.has_more:
-                for one in stream.released(await self._ajudge([stream.together()])):
-                    yield one
 
         async for chunk in self._atransform_stream_with_config(input, gate, config, run_type=_RUN_TYPE):
             yield chunk
+
+    def _windows(self) -> Windows[Any]:
+        return Windows(self.stream_window, lambda chunk: length(chunk, self.input_key))
+
+    def _together(self, stream: Windows[Any]) -> Any:
+        return whole(stream.chunks, self.input_key)
 
     def _judge(self, values: list[Any]) -> list[Any]:
         """For each value what is handed on, or the exception that it ends with."""
@@ -286,44 +291,21 @@ def _uninterrupted(outputs: list[Any]) -> list[Any]:
     return outputs
 
 
-class _Stream:
-    """The chunks of a stream: those handed on, and those that wait for a verdict on all that was said so far."""
+def _released(stream: Windows[Any], together: Any, outcomes: list[Any]) -> list[Any]:
+    """The chunks that waited, as they came, where nothing was to be changed; else the change, while they wait on."""
+    (outcome,) = _passed(outcomes)
+    return stream.release() if outcome is together else [outcome]
 
-    def __init__(self, window: int | None, input_key: str | None) -> None:
-        self.is_over = False
-        self._window = window
-        self._input_key = input_key
-        self._chunks: list[Any] = []
-        self._passed = 0
-        self._waiting = 0  # characters
 
-    @property
-    def has_more(self) -> bool:
-        """Whether a chunk waits."""
-        return self._passed < len(self._chunks)
+def _and_end(chunks: Iterator[Any]) -> Iterator[Any]:
+    yield from chunks
+    yield _END
 
-    def add(self, chunk: Any) -> bool:
-        """Takes a chunk; says whether a window is full."""
-        self._chunks.append(chunk)
-        if self._window is None:
-            return False
-        self._waiting += length(chunk, self._input_key)
-        return self._waiting >= self._window
 
-    def together(self) -> Any:
-        """All that was said so far."""
-        self._asked = whole(self._chunks, self._input_key)
-        return self._asked
-
-    def released(self, outcomes: list[Any]) -> list[Any]:
-        """What may be handed on: the chunks as they came where nothing was to be changed; else the change."""
-        (outcome,) = _passed(outcomes)
-        if outcome is not self._asked:
-            self.is_over = True
-            return [outcome]
-        chunks = self._chunks[self._passed :]
-        self._passed, self._waiting = len(self._chunks), 0
-        return chunks
+async def _aand_end(chunks: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for chunk in chunks:
+        yield chunk
+    yield _END
 
 
 def _listed(

@@ -29,9 +29,8 @@ from langgraph.types import Command, interrupt
 from rsafe_plugins.errors import PolicyError, SettingsError
 from rsafe_plugins.guard import Guard, GuardSettings, Verdict
 from rsafe_plugins.guard.texts import Part, acheck_many, check_many, worst
+from rsafe_plugins.guard.violation import REFUSAL, RSafeViolationError, mark_of
 from rsafe_plugins.langchain.content import reply_parts, result_part, text_shown, to_parts
-from rsafe_plugins.langchain.errors import RSafeViolationError
-from rsafe_plugins.langchain.guard import REFUSAL
 from rsafe_plugins.policy import ContentKind
 
 AgentExitBehavior = Literal["end", "replace", "error", "interrupt"]
@@ -67,6 +66,10 @@ class RSafeState(AgentState[Any]):
 class _Violation:
     stage: ContentKind
     verdict: Verdict
+
+    @property
+    def mark(self) -> dict[str, Any]:
+        return mark_of(self.stage, self.verdict)
 
 
 class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
@@ -361,7 +364,7 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
                         "structured_response": None,
                         "question": question,
                     }
-                mark = _mark(violation)
+                mark = violation.mark
                 refused[id(message)] = self._result(message.name, message.tool_call_id, mark, message.id)
         if not refused:
             return result
@@ -411,13 +414,13 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
         return _Violation(stage, verdict)
 
     def _refusal(self, violation: _Violation, identifier: str | None = None) -> AIMessage:
-        return AIMessage(self.violation_message, id=identifier, response_metadata={MARK: _mark(violation)})
+        return AIMessage(self.violation_message, id=identifier, response_metadata={MARK: violation.mark})
 
     def _in_place_of(self, message: BaseMessage, violation: _Violation) -> BaseMessage:
         if isinstance(message, ToolMessage):
-            return self._result(message.name, message.tool_call_id, _mark(violation), message.id)
+            return self._result(message.name, message.tool_call_id, violation.mark, message.id)
         return type(message)(
-            content=self.violation_message, id=message.id, response_metadata={MARK: _mark(violation)}
+            content=self.violation_message, id=message.id, response_metadata={MARK: violation.mark}
         )
 
     def _result(
@@ -455,22 +458,10 @@ def _replies(response: ModelResponse[Any] | None, failure: _Misshapen | None) ->
 def _without_arguments(reply: AIMessage, ids: Sequence[str | None], violation: _Violation) -> AIMessage:
     """The answer with nothing but names in the place of blocked calls; of its content only the text."""
     calls = [{**call, "args": {}} if call["id"] in ids else call for call in reply.tool_calls]
-    mark = {**_mark(violation), "blocked_calls": list(ids)}
+    mark = {**violation.mark, "blocked_calls": list(ids)}
     return AIMessage(
         reply.text, id=reply.id, name=reply.name, tool_calls=calls, response_metadata={MARK: mark}
     )
-
-
-def _mark(violation: _Violation) -> dict[str, Any]:
-    """What anybody may know of a violation: neither content nor reasoning."""
-    verdict = violation.verdict
-    return {
-        "stage": violation.stage,
-        "label": verdict.label,
-        "categories": list(verdict.categories),
-        "score": verdict.score,
-        "policy": verdict.policy,
-    }
 
 
 def _question(violation: _Violation, content: str) -> dict[str, Any]:

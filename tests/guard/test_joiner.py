@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -102,9 +101,8 @@ async def test_requests_of_different_cost_do_not_wait_for_each_other() -> None:
         return [Completion(text="done") for _ in requests]
 
     joiner = Joiner(send)
-    now = time.monotonic()
-    slow = asyncio.create_task(joiner.complete(Request(messages=(), max_tokens=512), now))
-    assert await joiner.complete(Request(messages=(), max_tokens=8), now) == Completion(text="done")
+    slow = asyncio.create_task(joiner.complete(Request(messages=(), max_tokens=512), 1))
+    assert await joiner.complete(Request(messages=(), max_tokens=8), 2) == Completion(text="done")
     assert not slow.done()
     thought.set()
     assert await slow == Completion(text="done")

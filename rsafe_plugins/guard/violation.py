@@ -1,10 +1,12 @@
-"""What a blocked input raises."""
+"""What a blocked content raises, in the adapters that raise."""
 
 from __future__ import annotations
 
 from rsafe_plugins.errors import RSafeError
-from rsafe_plugins.guard import Verdict
+from rsafe_plugins.guard.verdict import Verdict
 from rsafe_plugins.policy import ContentKind
+
+REFUSAL = "I can't help with that request."
 
 
 class RSafeViolationError(RSafeError):
@@ -31,3 +33,14 @@ def _sentence(stage: ContentKind, verdict: Verdict) -> str:
     categories = f": {', '.join(verdict.categories)}" if verdict.categories else ""
     score = f" (probability of unsafe {verdict.score:.2f})" if verdict.score is not None else ""
     return f"{blocked}{categories}{score}."
+
+
+def mark_of(stage: ContentKind, verdict: Verdict) -> dict[str, object]:
+    """What anybody may know of a violation, for a refusal's metadata: neither content nor reasoning."""
+    return {
+        "stage": stage,
+        "label": verdict.label,
+        "categories": list(verdict.categories),
+        "score": verdict.score,
+        "policy": verdict.policy,
+    }

@@ -1,0 +1,60 @@
+"""Streams that are handed on only as far as they are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from rsafe_plugins.errors import SettingsError
+
+Chunk = TypeVar("Chunk")
+
+
+class Windows(Generic[Chunk]):
+    """The chunks of a stream: those handed on, and those that wait for a verdict on all that was said so far.
+
+    Args:
+        window: Characters that may wait; None lets all wait for the end of the stream.
+        length: The characters of a chunk.
+
+    Attributes:
+        chunks: All of them, in order.
+
+    Raises:
+        SettingsError: The window isn't at least one character.
+    """
+
+    def __init__(self, window: int | None, length: Callable[[Chunk], int]) -> None:
+        check_window(window)
+        self.chunks: list[Chunk] = []
+        self._window = window
+        self._length = length
+        self._passed = 0
+        self._waiting = 0
+
+    @property
+    def has_more(self) -> bool:
+        """Whether a chunk waits."""
+        return self._passed < len(self.chunks)
+
+    def add(self, chunk: Chunk) -> bool:
+        """Takes a chunk; says whether those that wait must be judged now."""
+        self.chunks.append(chunk)
+        self._waiting += self._length(chunk)
+        return self._window is not None and self._waiting >= self._window
+
+    def release(self) -> list[Chunk]:
+        """The chunks that waited, since all that was said so far was found safe."""
+        released = self.chunks[self._passed :]
+        self._passed, self._waiting = len(self.chunks), 0
+        return released
+
+
+def check_window(window: int | None) -> None:
+    """Refuses a window of no character.
+
+    Raises:
+        SettingsError: It is one.
+    """
+    if window is not None and window < 1:
+        raise SettingsError(f"stream_window must be at least 1 character, not {window}.")
