@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,28 +15,9 @@ from langchain_core.tracers import BaseTracer
 from langchain_core.tracers.schemas import Run
 from langgraph.checkpoint.memory import InMemorySaver
 from pydantic import Field
+from support import canary
 
-from rsafe_plugins.backends import Request
-from rsafe_plugins.testing import ScriptedBackend
-
-SAFE, UNSAFE = r"\boxed{safe}", r"\boxed{unsafe}"
-CANARY = "canary-7431"
 STREAM_MODES = ("values", "updates", "messages", "custom", "checkpoints", "tasks", "debug")
-
-
-def guard_backend(word: str = CANARY) -> ScriptedBackend:
-    """A guard's engine that finds unsafe whatever holds a word in the text under judgement."""
-
-    def reply(request: Request) -> str:
-        return UNSAFE if word in judged_text(request) else SAFE
-
-    return ScriptedBackend(reply)
-
-
-def judged_text(request: Request) -> str:
-    """The message that a prompt asks about, without the conversation before it."""
-    conversation = request.messages[-1].content.partition("<BEGIN CONVERSATION>\n")[2]
-    return re.split(r"^(?:User|Agent|Tool call|Tool result|Document)\b", conversation, flags=re.MULTILINE)[-1]
 
 
 class Model(BaseChatModel):
@@ -125,10 +106,10 @@ class Runs(BaseTracer):
 
 def holds(word: str, *things: Any) -> bool:
     """Whether a word is anywhere in things, in what a checkpointer stores as well."""
-    for thing in things:
-        if isinstance(thing, InMemorySaver):
-            if holds(word, repr(thing.storage), repr(thing.writes), repr(thing.blobs)):
-                return True
-        elif word in (repr(thing.__dict__) if isinstance(thing, Run) else repr(thing)):
-            return True
-    return False
+    return any(map(functools.partial(_holds, word), things))
+
+
+def _holds(word: str, thing: Any) -> bool:
+    if isinstance(thing, InMemorySaver):
+        return canary.holds(word, thing.storage, thing.writes, thing.blobs)
+    return canary.holds(word, thing.__dict__ if isinstance(thing, Run) else thing)

@@ -16,7 +16,7 @@ from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 from langchain_core.runnables import RunnablePassthrough
 from langchain_core.vectorstores import InMemoryVectorStore
 from sentence_transformers import SentenceTransformer
-from support.langchain import CANARY, SAFE, guard_backend
+from support.canary import CANARY, SAFE, guard_backend
 
 from rsafe_plugins import BackendError
 from rsafe_plugins.langchain import RSafeDocumentCompressor

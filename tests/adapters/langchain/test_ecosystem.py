@@ -16,7 +16,7 @@ from langchain_core.tracers import BaseTracer
 from langchain_core.tracers.schemas import Run
 from langchain_tests.integration_tests import RetrieversIntegrationTests
 from langchain_tests.unit_tests import ToolsUnitTests
-from support.langchain import SAFE, UNSAFE, guard_backend
+from support.canary import SAFE, UNSAFE, guard_backend
 
 from rsafe_plugins import Guard
 from rsafe_plugins.langchain import RSafeDocumentCompressor, RSafeGuard, RSafeViolationError

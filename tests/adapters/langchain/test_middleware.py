@@ -18,19 +18,8 @@ from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.types import Command
 from pydantic import BaseModel
-from support.langchain import (
-    CANARY,
-    SAFE,
-    STREAM_MODES,
-    UNSAFE,
-    Model,
-    Runs,
-    call,
-    counting_tool,
-    guard_backend,
-    holds,
-    said,
-)
+from support.canary import CANARY, SAFE, UNSAFE, guard_backend
+from support.langchain import STREAM_MODES, Model, Runs, call, counting_tool, holds, said
 
 from rsafe_plugins import BackendError, Verdict
 from rsafe_plugins.backends import Request

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from langchain_core.messages import AIMessageChunk
 from langchain_core.runnables import RunnableGenerator, RunnableLambda
-from support.langchain import CANARY, SAFE, guard_backend
+from support.canary import CANARY, SAFE, guard_backend
 
 from rsafe_plugins import BackendError
 from rsafe_plugins.errors import SettingsError

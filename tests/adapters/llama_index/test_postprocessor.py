@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
 from llama_index.core.chat_engine import ContextChatEngine
 from llama_index.core.instrumentation.span_handlers import SimpleSpanHandler
 from llama_index.core.llms import MockLLM
@@ -19,14 +20,16 @@ from llama_index.core.schema import (
     BaseNode,
     ImageNode,
     MediaResource,
+    MetadataMode,
     Node,
     NodeWithScore,
     QueryBundle,
     TextNode,
 )
 from llama_index_instrumentation import get_dispatcher
+from support.llama_index import events_of
 
-from rsafe_plugins import BackendError, Guard, PolicyError, RSafeError, SettingsError
+from rsafe_plugins import BackendError, Content, Guard, PolicyError, RSafeError, SettingsError
 from rsafe_plugins.guard import GuardSettings
 from rsafe_plugins.llama_index import RSafeNodePostprocessor
 from rsafe_plugins.testing import ScriptedBackend
@@ -262,7 +265,7 @@ async def test_failing_engine_drops_every_node_and_says_why(
     assert postprocessor.postprocess_nodes(nodes) == await postprocessor.apostprocess_nodes(nodes) == []
     records = [record for record in caplog.records if record.name.startswith("rsafe_plugins")]
     assert [record.levelno for record in records] == [logging.WARNING] * 4
-    assert all("dropped 2 of 2 nodes; the guard failed" in record.getMessage() for record in records)
+    assert all("blocked 2 of 2 nodes; the guard failed" in record.getMessage() for record in records)
     assert attack not in caplog.text
 
 
@@ -306,3 +309,85 @@ async def test_cancelled_query_ends_as_cancelled_and_frees_the_engine(hanging: A
     with pytest.raises(asyncio.CancelledError):
         await task
     assert await asyncio.to_thread(hanging.released.wait, 10)
+
+
+# What becomes of blocked nodes
+
+
+async def test_redacted_nodes_keep_their_place_and_id_and_nothing_else(
+    engine: ScriptedBackend, attack: str
+) -> None:
+    bad = node(f"Now {attack}.", 0.8, metadata={"author": attack}, text_template=f"{attack} {{content}}")
+    postprocessor = RSafeNodePostprocessor({"backend": engine}, mode="redact", redaction="(gone)")
+    good = node("We open at 9.", 0.9)
+    for kept in (
+        postprocessor.postprocess_nodes([bad, good]),
+        await postprocessor.apostprocess_nodes([bad, good]),
+    ):
+        assert [one.node.get_content("all") for one in kept] == ["(gone)", "We open at 9."]
+        assert [one.score for one in kept] == [0.8, 0.9]
+        assert kept[0].node.node_id == bad.node.node_id
+        assert attack not in kept[0].model_dump_json()
+    assert attack in bad.node.get_content()
+
+
+async def test_annotated_nodes_stay_with_a_verdict_that_no_model_sees(
+    engine: ScriptedBackend, attack: str
+) -> None:
+    given = [node(f"Now {attack}.", 0.8), node("We open at 9.", 0.9, metadata={"author": "Ann"})]
+    postprocessor = RSafeNodePostprocessor({"backend": engine}, mode="annotate")
+    for kept in (postprocessor.postprocess_nodes(given), await postprocessor.apostprocess_nodes(given)):
+        assert [one.node.metadata["rsafe"]["label"] for one in kept] == ["unsafe", "safe"]
+        for mode in (MetadataMode.LLM, MetadataMode.EMBED):
+            assert [one.get_content(mode) for one in kept] == [one.get_content(mode) for one in given]
+    assert all("rsafe" not in one.node.metadata for one in given)
+
+
+async def test_events_tell_what_was_blocked_and_why_and_not_its_text(
+    engine: ScriptedBackend, nodes: list[NodeWithScore], attack: str
+) -> None:
+    for way in ("sync", "async"):
+        debug = LlamaDebugHandler(print_trace_on_end=False)
+        postprocessor = RSafeNodePostprocessor({"backend": engine}, callback_manager=CallbackManager([debug]))
+        with events_of("RSafeNodesJudgedEvent") as events:
+            if way == "sync":
+                postprocessor.postprocess_nodes(nodes)
+            else:
+                await postprocessor.apostprocess_nodes(nodes)
+        (event,) = events
+        assert event.judged == 4  # type: ignore[attr-defined]
+        (why,) = event.blocked  # type: ignore[attr-defined]
+        assert (why["node_id"], why["label"], why["categories"]) == (nodes[1].node.node_id, "unsafe", ["U2"])
+        ((_, end),) = debug.get_event_pairs(CBEventType.RERANKING)
+        assert end.payload is not None
+        assert end.payload["rsafe_blocked"] == [why]
+        assert len(end.payload["nodes"]) == 3
+        assert attack not in repr(event) + repr(end)
+
+
+def test_an_unknown_mode_is_refused(engine: ScriptedBackend) -> None:
+    with pytest.raises(SettingsError, match="mode must be drop, redact or annotate, not 'hide'"):
+        RSafeNodePostprocessor({"backend": engine}, mode="hide")  # type: ignore[arg-type]
+
+
+def test_a_copy_has_the_same_mode() -> None:
+    postprocessor = RSafeNodePostprocessor({"backend": "embedded"}, mode="redact", redaction="(gone)")
+    copied = pickle.loads(pickle.dumps(postprocessor))
+    assert (copied.mode, copied.redaction) == ("redact", "(gone)")
+
+
+async def test_the_same_nodes_have_the_same_verdicts_as_in_the_guard() -> None:
+    backend = ScriptedBackend(candidates=lambda request: _probabilities(request.messages[-1].content))
+    guard = Guard(backend=backend, reasoning="never")
+    texts = [f"text {number}" for number in range(20)]
+    verdicts = guard.check_many([Content.document(text) for text in texts])
+    assert {verdict.label for verdict in verdicts} == {"safe", "unsafe"}
+    safe = [text for text, verdict in zip(texts, verdicts, strict=True) if not verdict.blocked]
+    postprocessor = RSafeNodePostprocessor(guard)
+    kept = postprocessor.postprocess_nodes([node(text) for text in texts])
+    assert [one.text for one in kept] == safe
+
+
+def _probabilities(prompt: str) -> dict[str, float]:
+    number = int(prompt.rpartition("text ")[2].split("\n")[0])
+    return {"safe": 1 - number / 20, "unsafe": number / 20}

@@ -1,0 +1,234 @@
+"""What the engines' wrappers have in common: what is asked of the guard, and what a violation does."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llama_index.core.llms import ChatMessage, MessageRole
+from llama_index.core.schema import NodeWithScore
+
+from rsafe_plugins.errors import SettingsError, UnreadableContent
+from rsafe_plugins.guard import Content, Guard, GuardSettings, Verdict
+from rsafe_plugins.guard.content import Turn
+from rsafe_plugins.guard.streams import Windows, check_window
+from rsafe_plugins.guard.texts import Part, Said, Text, acheck_many, check_many, text_of, turn_of, worst
+from rsafe_plugins.guard.violation import RSafeViolationError, mark_of
+from rsafe_plugins.llama_index.nodes import node_content
+from rsafe_plugins.policy import ContentKind
+
+EngineExitBehavior = Literal["replace", "error"]
+OnViolation = Callable[[ContentKind, Verdict], None]
+
+_CALLS = ("tool_calls", "tool_call_id")
+_KINDS: Mapping[MessageRole, ContentKind | None] = {
+    MessageRole.SYSTEM: None,
+    MessageRole.DEVELOPER: None,
+    MessageRole.USER: "prompt",
+    MessageRole.TOOL: "tool_result",
+    MessageRole.FUNCTION: "tool_result",
+}
+MARK = "rsafe"
+"""The key in the metadata of a refusal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """What was blocked first of all, by badness.
+
+    Attributes:
+        stage: What it is.
+        verdict: The guard's verdict on it.
+        blocked: Which of those asked were blocked.
+    """
+
+    stage: ContentKind
+    verdict: Verdict
+    blocked: tuple[bool, ...]
+
+    @property
+    def mark(self) -> dict[str, Any]:
+        """What the refusal's metadata may hold."""
+        return {MARK: mark_of(self.stage, self.verdict)}
+
+
+class Judge:
+    """Asks the guard for a wrapper, and raises where its user wants that.
+
+    Args:
+        guard: A `Guard`, or the settings to make one.
+        exit_behavior: `replace` or `error`.
+        violation_message: The refusal's text.
+        on_violation: Called for each violation.
+        stream_window: Characters of a stream after which all that was said so far is judged; None holds all of it.
+
+    Raises:
+        SettingsError: A setting can't be used.
+        PolicyError: The policy can't be found or read.
+        TemplateError: The template can't be found or read.
+    """
+
+    def __init__(
+        self,
+        guard: Guard | GuardSettings | Mapping[str, Any] | None,
+        *,
+        exit_behavior: EngineExitBehavior,
+        violation_message: str,
+        on_violation: OnViolation | None,
+        stream_window: int | None,
+    ) -> None:
+        if exit_behavior not in ("replace", "error"):
+            raise SettingsError(f"exit_behavior must be replace or error, not {exit_behavior!r}.")
+        check_window(stream_window)
+        self.guard = Guard.of(guard)
+        self.violation_message = violation_message
+        self._raises = exit_behavior == "error"
+        self._on_violation = on_violation
+        self._window = stream_window
+
+    def check(self, asked: Sequence[Part]) -> Violation | None:
+        """What of it is blocked, judged as one engine batch; None where nothing is.
+
+        Raises:
+            RSafeViolationError: Something is, and that should be an error.
+            RSafeError: A check failed and the guard's `on_error` is `raise`.
+        """
+        return self._violation(asked, check_many(self.guard, [part.content for part in asked]))
+
+    async def acheck(self, asked: Sequence[Part]) -> Violation | None:
+        """Like `check`, without blocking the event loop."""
+        return self._violation(asked, await acheck_many(self.guard, [part.content for part in asked]))
+
+    def _violation(self, asked: Sequence[Part], verdicts: Sequence[Verdict]) -> Violation | None:
+        blocked = tuple(verdict.blocked for verdict in verdicts)
+        if not any(blocked):
+            return None
+        decides = worst(verdicts)
+        stage, verdict = asked[decides].kind, verdicts[decides]
+        if self._on_violation is not None:
+            self._on_violation(stage, verdict)
+        if self._raises:
+            raise RSafeViolationError(stage, verdict)
+        return Violation(stage, verdict, blocked)
+
+    def gate(self, asked: Callable[[str], Part]) -> Gate:
+        """A gate for one streamed answer.
+
+        Args:
+            asked: What to judge for the text so far.
+        """
+        return Gate(self, self._window, asked)
+
+
+class Gate:
+    """Hands on the chunks of a streamed answer as far as it is judged; then the refusal if it is blocked.
+
+    Attributes:
+        violation: What was blocked; None as long as nothing is.
+    """
+
+    def __init__(self, judge: Judge, window: int | None, asked: Callable[[str], Part]) -> None:
+        self.violation: Violation | None = None
+        self._judge = judge
+        self._asked = asked
+        self._stream: Windows[str] = Windows(window, len)
+
+    def passed(self, chunks: Iterator[str]) -> Iterator[str]:
+        """The chunks that may be read. No more are drawn once the answer is blocked."""
+        for chunk in _and_end(chunks):
+            if self._must_judge(chunk):
+                self.violation = self._judge.check(self._said_so_far())
+                yield from self._released()
+                if self.violation:
+                    return
+
+    async def apassed(self, chunks: AsyncIterator[str]) -> AsyncIterator[str]:
+        """Like `passed`, without blocking the event loop."""
+        async for chunk in _aand_end(chunks):
+            if self._must_judge(chunk):
+                self.violation = await self._judge.acheck(self._said_so_far())
+                for released in self._released():
+                    yield released
+                if self.violation:
+                    return
+
+    def _must_judge(self, chunk: str | None) -> bool:
+        return self._stream.has_more if chunk is None else self._stream.add(chunk)
+
+    def _said_so_far(self) -> list[Part]:
+        return [self._asked("".join(self._stream.chunks))]
+
+    def _released(self) -> list[str]:
+        return [self._judge.violation_message] if self.violation else self._stream.release()
+
+
+def _and_end(chunks: Iterator[str]) -> Iterator[str | None]:
+    yield from chunks
+    yield None
+
+
+async def _aand_end(chunks: AsyncIterator[str]) -> AsyncIterator[str | None]:
+    async for chunk in chunks:
+        yield chunk
+    yield None
+
+
+def part(content: Content) -> Part:
+    """A content by itself."""
+    return Part(content.kind, content, ())
+
+
+def asked_of_nodes(nodes: Sequence[NodeWithScore], query: str) -> list[Part]:
+    """Each node as the model sees it."""
+    return [Part("document", node_content(node.node, query), ()) for node in nodes]
+
+
+def turns_of(messages: Sequence[ChatMessage]) -> tuple[Turn, ...]:
+    """What was said before."""
+    return tuple(map(turn_of, said_of(messages)))
+
+
+def said_of(messages: Sequence[ChatMessage]) -> list[Said]:
+    """A conversation's messages; system messages are the developer's."""
+    kinds = ((_KINDS.get(message.role, "response"), message) for message in messages)
+    return [Said(kind, _text(message)) for kind, message in kinds if kind is not None]
+
+
+def asked_of_message(kind: ContentKind, message: ChatMessage, history: tuple[Turn, ...]) -> list[Part]:
+    """A message as a content of this kind, if it says anything; and why it can't be judged, if it isn't all text."""
+    said = _text(message)
+    contents: list[Content | UnreadableContent | None] = [
+        Content(kind, said.text, history=history) if said.text.strip() else None,
+        said.unreadable,
+    ]
+    return [Part(kind, content, ()) for content in contents if content is not None]
+
+
+def _text(message: ChatMessage) -> Text:
+    blocks = blocks_of(message.blocks)
+    # Tool calls are judged as such; providers leave reasoning and refusals here, too.
+    more = {key: value for key, value in message.additional_kwargs.items() if key not in _CALLS}
+    return text_of([*blocks, more])
+
+
+def blocks_of(blocks: Sequence[Any]) -> list[Any]:
+    """Blocks in the form that `text_of` takes."""
+    return [_block(block) for block in blocks]
+
+
+def _block(block: Any) -> Any:
+    kind = str(getattr(block, "block_type", type(block).__name__))
+    match kind:
+        case "text":
+            return block.text
+        case "tool_call" | "cache":
+            return ""
+        case "thinking":
+            return {"type": kind, "thinking": block.content or "", **block.additional_information}
+        case "citable" | "citation":
+            nested = block.content if kind == "citable" else [block.cited_content]
+            return [str(block.title or ""), str(block.source or ""), *map(_block, nested)]
+        case "image" | "audio" | "video":
+            return {"type": kind, "url": kind}
+    return {"type": "file", "file_id": kind}

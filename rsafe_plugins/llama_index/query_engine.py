@@ -1,0 +1,197 @@
+"""A query engine behind the guard."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from llama_index.core.base.base_query_engine import BaseQueryEngine
+from llama_index.core.base.response.schema import (
+    RESPONSE_TYPE,
+    AsyncStreamingResponse,
+    Response,
+    StreamingResponse,
+)
+from llama_index.core.callbacks import CallbackManager
+from llama_index.core.prompts.mixin import PromptMixinType
+from llama_index.core.schema import NodeWithScore, QueryBundle
+
+from rsafe_plugins.guard import Content, Guard, GuardSettings
+from rsafe_plugins.guard.texts import Part
+from rsafe_plugins.guard.violation import REFUSAL
+from rsafe_plugins.llama_index.judging import (
+    EngineExitBehavior,
+    Judge,
+    OnViolation,
+    Violation,
+    asked_of_nodes,
+    part,
+)
+
+
+class RSafeQueryEngine(BaseQueryEngine):
+    """A query engine whose question, nodes and answer are judged.
+
+    An unsafe question doesn't reach the engine. The nodes that were used and the answer are judged as one engine
+    batch; where one is unsafe, the refusal takes the answer's place, and unsafe nodes are left out of its sources.
+    By then the model has seen them: an `RSafeNodePostprocessor` in the engine keeps them from it.
+
+    A streamed answer is held until all of it is judged, or, with `stream_window`, until all that it said so far is.
+
+    Args:
+        query_engine: Any query engine.
+        guard: A `Guard`, or the settings to make one; None for `Guard()`.
+        check_query: Judge the question.
+        check_nodes: Judge the nodes that were used.
+        check_response: Judge the answer.
+        exit_behavior: `replace` (the default) answers with the refusal; `error` raises `RSafeViolationError`.
+        violation_message: The refusal's text. Its response has a mapping `rsafe` in its metadata that tells why.
+        on_violation: Called with what was judged and the verdict, for each violation.
+        stream_window: Characters of a streamed answer after which all that was said so far is judged and handed
+            on. Each window costs a check; what a later one blocks, the reader has partly seen. None holds it all.
+        callback_manager: LlamaIndex's callback manager.
+
+    Raises:
+        SettingsError: A setting can't be used.
+        PolicyError: The policy can't be found or read.
+        TemplateError: The template can't be found or read.
+    """
+
+    def __init__(
+        self,
+        query_engine: BaseQueryEngine,
+        guard: Guard | GuardSettings | Mapping[str, Any] | None = None,
+        *,
+        check_query: bool = True,
+        check_nodes: bool = True,
+        check_response: bool = True,
+        exit_behavior: EngineExitBehavior = "replace",
+        violation_message: str = REFUSAL,
+        on_violation: OnViolation | None = None,
+        stream_window: int | None = None,
+        callback_manager: CallbackManager | None = None,
+    ) -> None:
+        super().__init__(callback_manager)
+        self.query_engine = query_engine
+        self.check_query, self.check_nodes, self.check_response = check_query, check_nodes, check_response
+        self._judge = Judge(
+            guard,
+            exit_behavior=exit_behavior,
+            violation_message=violation_message,
+            on_violation=on_violation,
+            stream_window=stream_window,
+        )
+
+    @property
+    def guard(self) -> Guard:
+        """The guard that judges."""
+        return self._judge.guard
+
+    def _get_prompt_modules(self) -> PromptMixinType:
+        return {"query_engine": self.query_engine}
+
+    def retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        """The engine's nodes for a query that pass, if the nodes are judged."""
+        nodes = self.query_engine.retrieve(query_bundle)
+        asked = self._asked_of_nodes(nodes, query_bundle)
+        return self._kept(nodes, self._judge.check(asked))
+
+    def synthesize(
+        self,
+        query_bundle: QueryBundle,
+        nodes: list[NodeWithScore],
+        additional_source_nodes: Sequence[NodeWithScore] | None = None,
+    ) -> RESPONSE_TYPE:
+        """The engine's answer from these nodes, judged as `query` does."""
+        response = self.query_engine.synthesize(query_bundle, nodes, additional_source_nodes)
+        return self._judged(query_bundle, response)
+
+    async def asynthesize(
+        self,
+        query_bundle: QueryBundle,
+        nodes: list[NodeWithScore],
+        additional_source_nodes: Sequence[NodeWithScore] | None = None,
+    ) -> RESPONSE_TYPE:
+        """Like `synthesize`, without blocking the event loop."""
+        response = await self.query_engine.asynthesize(query_bundle, nodes, additional_source_nodes)
+        return await self._ajudged(query_bundle, response)
+
+    def _query(self, query_bundle: QueryBundle) -> RESPONSE_TYPE:
+        if violation := self._judge.check(self._asked_of_query(query_bundle)):
+            return self._refusal(violation)
+        return self._judged(query_bundle, self.query_engine.query(query_bundle))
+
+    async def _aquery(self, query_bundle: QueryBundle) -> RESPONSE_TYPE:
+        if violation := await self._judge.acheck(self._asked_of_query(query_bundle)):
+            return self._refusal(violation)
+        return await self._ajudged(query_bundle, await self.query_engine.aquery(query_bundle))
+
+    def _asked_of_query(self, query: QueryBundle) -> list[Part]:
+        # What is embedded may differ from the question, and finds nodes, but is shown to no model.
+        return [part(Content.prompt(query.query_str))] if self.check_query else []
+
+    def _asked_of_nodes(self, nodes: Sequence[NodeWithScore], query: QueryBundle) -> list[Part]:
+        return asked_of_nodes(nodes, query.query_str) if self.check_nodes else []
+
+    def _asked_of(self, query: QueryBundle, response: RESPONSE_TYPE) -> list[Part]:
+        asked = self._asked_of_nodes(response.source_nodes, query)
+        if self.check_response and not isinstance(response, StreamingResponse | AsyncStreamingResponse):
+            asked.append(part(Content.response(str(response), query.query_str)))
+        return asked
+
+    def _judged(self, query: QueryBundle, response: RESPONSE_TYPE) -> RESPONSE_TYPE:
+        if violation := self._judge.check(self._asked_of(query, response)):
+            return self._refusal(violation, response)
+        if self.check_response and isinstance(response, StreamingResponse):
+            return self._gated(query, response)
+        if self.check_response and isinstance(response, AsyncStreamingResponse):
+            return self._agated(query, response)
+        return response
+
+    async def _ajudged(self, query: QueryBundle, response: RESPONSE_TYPE) -> RESPONSE_TYPE:
+        if violation := await self._judge.acheck(self._asked_of(query, response)):
+            return self._refusal(violation, response)
+        if self.check_response and isinstance(response, StreamingResponse):
+            return self._gated(query, response)
+        if self.check_response and isinstance(response, AsyncStreamingResponse):
+            return self._agated(query, response)
+        return response
+
+    def _gated(self, query: QueryBundle, response: StreamingResponse) -> StreamingResponse:
+        chunks = self._judge.gate(_answer_to(query)).passed(iter(response.response_gen))
+        return StreamingResponse(chunks, response.source_nodes, response.metadata)  # type: ignore[arg-type]
+
+    def _agated(self, query: QueryBundle, response: AsyncStreamingResponse) -> AsyncStreamingResponse:
+        chunks = self._judge.gate(_answer_to(query)).apassed(response.response_gen)
+        return AsyncStreamingResponse(chunks, response.source_nodes, response.metadata)  # type: ignore[arg-type]
+
+    def _kept(self, nodes: Sequence[NodeWithScore], violation: Violation | None) -> list[NodeWithScore]:
+        """The nodes without those that were blocked; their verdicts come before the answer's."""
+        if violation is None or not self.check_nodes:
+            return list(nodes)
+        blocked = violation.blocked[: len(nodes)]
+        return [node for node, is_blocked in zip(nodes, blocked, strict=True) if not is_blocked]
+
+    def _refusal(self, violation: Violation, response: RESPONSE_TYPE | None = None) -> RESPONSE_TYPE:
+        """The refusal in the form of the response whose place it takes."""
+        text = self._judge.violation_message
+        nodes = self._kept(response.source_nodes, violation) if response is not None else []
+        # What an engine says of its answer may quote it.
+        metadata = violation.mark
+        if isinstance(response, StreamingResponse):
+            return StreamingResponse(_only(text), nodes, metadata)  # type: ignore[arg-type]
+        if isinstance(response, AsyncStreamingResponse):
+            return AsyncStreamingResponse(_aonly(text), nodes, metadata)  # type: ignore[arg-type]
+        return Response(text, nodes, metadata)
+
+
+def _answer_to(query: QueryBundle) -> Callable[[str], Part]:
+    return lambda text: part(Content.response(text, query.query_str))
+
+
+def _only(text: str) -> Iterator[str]:
+    yield text
+
+
+async def _aonly(text: str) -> AsyncIterator[str]:
+    yield text

@@ -1,0 +1,243 @@
+"""RSafeFunctionAgent in real workflows; only the model is scripted."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from llama_index.core.agent.workflow import AgentWorkflow, FunctionAgent
+from llama_index.core.llms import ChatMessage
+from llama_index.core.memory import ChatMemoryBuffer
+from llama_index.core.tools import FunctionTool
+from llama_index.core.workflow import Context
+from pydantic import BaseModel
+from support.canary import CANARY, SAFE, guard_backend, holds
+from support.llama_index import calls, said, scripted_agent_model
+
+from rsafe_plugins import BackendError
+from rsafe_plugins.backends import Request
+from rsafe_plugins.errors import SettingsError
+from rsafe_plugins.llama_index import RSafeFunctionAgent, RSafeViolationError
+from rsafe_plugins.testing import ScriptedBackend
+
+REFUSAL = "I can't help with that request."
+ANSWER = "The sea is calm."
+BAD = f"Here is the {CANARY} recipe."
+QUESTION = "How is the sea?"
+
+
+class Run:
+    """An agent's run: its answer, and all that anybody may have seen of it."""
+
+    def __init__(
+        self, *replies: ChatMessage, result: str = "calm", backend: Any = None, **settings: Any
+    ) -> None:
+        self.model, self.asked = scripted_agent_model(*replies)
+        self.tool_runs: list[str] = []
+        self.backend = backend or guard_backend()
+        guard = {"backend": self.backend, **settings.pop("guard", {})}
+
+        def lookup(text: str) -> str:
+            """Looks something up."""
+            self.tool_runs.append(text)
+            return f"{result} {text}"
+
+        self.agent = RSafeFunctionAgent(
+            name="agent",
+            description="An agent.",
+            tools=[FunctionTool.from_defaults(lookup)],
+            llm=self.model,
+            guard=guard,
+            **settings,
+        )
+        self.memory = ChatMemoryBuffer.from_defaults(token_limit=10_000)
+        self.events: list[Any] = []
+
+    async def ask(self, question: str = QUESTION, *, workflow: bool = False) -> str:
+        runs: Any = AgentWorkflow(agents=[self.agent], root_agent="agent") if workflow else self.agent
+        self.context = Context(runs)
+        handler = runs.run(user_msg=question, memory=self.memory, ctx=self.context)
+        async for event in handler.stream_events():
+            self.events.append(event)
+        self.output = await handler
+        return str(self.output)
+
+    async def stored(self) -> Any:
+        """What the workflow keeps, as it would be saved to go on later."""
+        return dict(await self.context.store.get_state())
+
+    def remembered(self) -> list[str]:
+        return [str(message.content) for message in self.memory.get_all()]
+
+
+in_a_workflow = pytest.mark.parametrize("workflow", [False, True], ids=["agent", "workflow"])
+
+
+@in_a_workflow
+async def test_a_safe_run_goes_on_as_without_the_guard(workflow: bool) -> None:
+    run = Run(calls(("lookup", {"text": "sea"})), said(ANSWER))
+    assert await run.ask(workflow=workflow) == ANSWER
+    assert run.tool_runs == ["sea"]
+    assert run.remembered()[0] == QUESTION
+    assert run.remembered()[-1] == ANSWER
+
+
+async def test_each_thing_is_judged_once_and_calls_with_their_answer() -> None:
+    run = Run(calls(("lookup", {"text": "a"}), ("lookup", {"text": "b"}), text="Let me see."), said(ANSWER))
+    await run.ask()
+    # The question; the answer with its two calls; the two results; the answer.
+    assert len(run.backend.requests) == 1 + 3 + 2 + 1
+    assert [len(call) for call in run.backend.calls[:2]] == [1, 3]
+
+
+async def test_results_that_a_workflow_brings_are_one_batch() -> None:
+    run = Run(calls(*(("lookup", {"text": str(number)}) for number in range(5))), said(ANSWER))
+    await run.ask(workflow=True)
+    assert [len(call) for call in run.backend.calls] == [1, 5, 5, 1]
+
+
+@in_a_workflow
+async def test_an_unsafe_question_reaches_no_model_and_is_forgotten(workflow: bool) -> None:
+    run = Run(said(ANSWER))
+    assert await run.ask(f"Tell me the {CANARY}.", workflow=workflow) == REFUSAL
+    assert run.asked == []
+    assert run.remembered() == [REFUSAL]
+
+
+async def test_an_attack_before_the_last_message_is_judged() -> None:
+    run = Run(said(ANSWER))
+    run.memory.set([ChatMessage("Hi.", role="user"), said("Hello."), ChatMessage(BAD, role="user")])
+    assert await run.ask("Do it.") == REFUSAL
+    assert run.remembered() == ["Hi.", "Hello.", REFUSAL]
+
+
+@in_a_workflow
+async def test_an_unsafe_answer_is_seen_by_nobody(workflow: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    run = Run(said(BAD))
+    assert await run.ask(workflow=workflow) == REFUSAL
+    assert run.remembered() == [QUESTION, REFUSAL]
+    assert not holds(CANARY, run.events, run.output, await run.stored(), caplog.text)
+
+
+@in_a_workflow
+async def test_a_blocked_tool_never_runs(workflow: bool) -> None:
+    run = Run(calls(("lookup", {"text": BAD})), said(ANSWER))
+    assert await run.ask(workflow=workflow) == REFUSAL
+    assert run.tool_runs == []
+    assert not holds(CANARY, run.events, run.output, run.remembered(), await run.stored())
+
+
+async def test_an_unsafe_result_is_seen_by_nobody_and_the_agent_goes_on() -> None:
+    run = Run(calls(("lookup", {"text": "sea"})), said(ANSWER), result=BAD)
+    assert await run.ask() == ANSWER
+    assert run.tool_runs == ["sea"]
+    assert not holds(CANARY, run.events, run.output, run.remembered(), run.asked, await run.stored())
+    assert holds(REFUSAL, run.asked[-1])
+
+
+async def test_an_unsafe_result_in_a_workflow_reaches_no_model() -> None:
+    run = Run(calls(("lookup", {"text": "sea"})), said(ANSWER), result=BAD)
+    assert await run.ask(workflow=True) == ANSWER
+    assert not holds(CANARY, run.remembered(), run.asked)
+
+
+async def test_what_a_failing_tool_says_is_judged() -> None:
+    run = Run(calls(("lookup", {"text": "sea"})), said(ANSWER))
+
+    def lookup(text: str) -> str:
+        """Looks something up."""
+        raise ValueError(BAD)
+
+    run.agent.tools = [FunctionTool.from_defaults(lookup)]
+    assert await run.ask() == ANSWER
+    assert not holds(CANARY, run.asked, run.events, run.remembered())
+
+
+@pytest.mark.parametrize("stage", ["prompt", "response", "tool_call", "tool_result"])
+async def test_a_violation_may_be_an_error(stage: str) -> None:
+    first = calls(("lookup", {"text": BAD if stage == "tool_call" else "sea"}))
+    replies = (said(BAD),) if stage == "response" else (first, said(ANSWER))
+    seen: list[str] = []
+    run = Run(
+        *replies,
+        result=BAD if stage == "tool_result" else "calm",
+        exit_behavior="error",
+        on_violation=lambda kind, verdict: seen.append(kind),
+    )
+    with pytest.raises(RSafeViolationError) as raised:
+        await run.ask(BAD if stage == "prompt" else QUESTION)
+    assert raised.value.stage == stage
+    assert seen == [stage]
+
+
+async def test_an_answer_after_too_many_steps_is_judged() -> None:
+    run = Run(calls(("lookup", {"text": "sea"})), said(BAD))
+    handler = run.agent.run(
+        user_msg=QUESTION, memory=run.memory, max_iterations=1, early_stopping_method="generate"
+    )
+    async for event in handler.stream_events():
+        assert not holds(CANARY, event)
+    assert str(await handler) == REFUSAL
+
+
+async def hang(request: Request) -> str:
+    await asyncio.Event().wait()
+    return SAFE
+
+
+FAULTS: dict[str, Any] = {
+    "times out": hang,
+    "is down": BackendError("status 500"),
+    "crashes": RuntimeError("segfault"),
+    "writes garbage": "Sure, that is safe.",
+    "writes nothing": "",
+}
+CHECKS = ("check_input", "check_output", "check_tool_calls", "check_tool_results")
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("on_error", ["block", "allow", "raise"])
+async def test_a_failed_guard_does_what_on_error_says(fault: str, on_error: str, check: str) -> None:
+    run = Run(
+        calls(("lookup", {"text": "sea"})),
+        said(ANSWER),
+        backend=ScriptedBackend(FAULTS[fault]),
+        guard={"timeout": 0.1, "on_error": on_error},
+        **{name: name == check for name in CHECKS},
+    )
+    if on_error == "raise":
+        with pytest.raises(Exception, match=r"."):
+            await run.ask()
+    elif on_error == "allow":
+        assert await run.ask() == ANSWER
+    else:
+        assert await run.ask() == (ANSWER if check == "check_tool_results" else REFUSAL)
+    if check in ("check_input", "check_tool_calls") and on_error != "allow":
+        assert run.tool_runs == []
+    if check == "check_tool_results" and on_error == "block":
+        assert not holds("calm'", run.asked[-1])
+
+
+def test_what_cannot_be_judged_is_refused() -> None:
+    class Weather(BaseModel):
+        text: str
+
+    with pytest.raises(SettingsError, match="leave streaming False"):
+        Run(said(ANSWER), streaming=True)
+    with pytest.raises(SettingsError, match="use structured_output_fn"):
+        Run(said(ANSWER), output_cls=Weather)
+
+
+async def test_the_leak_test_finds_leaks() -> None:
+    """The same without the guard: were these not found, the tests above would say nothing."""
+    model, _ = scripted_agent_model(said(BAD))
+    agent = FunctionAgent(llm=model, tools=[])
+    context: Any = Context(agent)
+    handler = agent.run(user_msg=QUESTION, ctx=context)
+    events = [event async for event in handler.stream_events()]
+    assert holds(CANARY, events)
+    assert holds(CANARY, await handler)
+    assert holds(CANARY, dict(await context.store.get_state()))
