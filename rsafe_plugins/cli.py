@@ -1,7 +1,7 @@
-"""The `rsafe` command: `check`, `policies`, `eval`, `align` and `doctor`.
+"""The `rsafe` command: `check`, `policies`, `translate`, `eval`, `align` and `doctor`.
 
-Exit status: 0 done, 1 something was blocked (`check` only), 2 usage, 3 the guard failed, 130 interrupted,
-141 the reader of the output went away.
+Exit status: 0 done, 1 something was blocked (`check`) or the guard disagrees (`translate --check`), 2 usage, 3 the
+guard failed, 130 interrupted, 141 the reader of the output went away.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rsafe_plugins.commands.common import printable
 from rsafe_plugins.commands.doctor import doctor
 from rsafe_plugins.commands.evaluate import evaluate
 from rsafe_plugins.commands.policies import policies
+from rsafe_plugins.commands.translate import translate
 from rsafe_plugins.errors import DataError, PolicyError, RSafeError, SettingsError, TemplateError
 
 USAGE, GUARD_FAILED, INTERRUPTED, BROKEN_PIPE = 2, 3, 130, 141
@@ -31,7 +32,7 @@ def rsafe() -> None:
     """Judges text against a written policy with a reasoning guard model."""
 
 
-for command in (check, policies, evaluate, align, doctor):
+for command in (check, policies, translate, evaluate, align, doctor):
     rsafe.add_command(command)
 
 

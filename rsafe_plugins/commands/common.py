@@ -54,9 +54,9 @@ class _Console(Console):
         raise BrokenPipeError  # rich would exit with status 1, which says "blocked"
 
 
-def console() -> Console:
+def console(*, stderr: bool = False) -> Console:
     """The console for people, on standard output. Markup is off: text is printed as it stands."""
-    return _Console(markup=False, highlight=False, emoji=False)
+    return _Console(markup=False, highlight=False, emoji=False, stderr=stderr)
 
 
 def print_json(value: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import math
 import threading
 import time
@@ -31,6 +32,9 @@ from rsafe_plugins.guard.parts import MOST_CHARACTERS, MOST_PARTS, Span, halves
 from rsafe_plugins.guard.settings import GuardSettings, OnError, Reasoning
 from rsafe_plugins.guard.verdict import Label, Verdict, named_categories
 from rsafe_plugins.policy import Category, Policy
+from rsafe_plugins.policy.condense import condensed
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -94,6 +98,7 @@ class Guard:
         timeout: Seconds for one check.
         on_error: What a failed check does: `block` (the default), `allow`, or `raise`.
         cache: Seconds for which a verdict is kept for the same content; 0, the default, keeps none.
+        policy_tokens: What the policy may take of the prompt, in tokens; a longer one loses examples.
         dialect: How the guard model is asked and answers: a name such as `llama-guard`, or a dialect file. Left
             out, it is guessed from the model's name.
         template: A prompt template file.
@@ -123,6 +128,7 @@ class Guard:
         timeout: float | None = None,
         on_error: OnError | None = None,
         cache: float | None = None,
+        policy_tokens: int | None = None,
         dialect: str | Path | None = None,
         template: str | Path | None = None,
     ) -> None:
@@ -157,7 +163,10 @@ class Guard:
 
     def _set_up(self, settings: GuardSettings) -> None:
         self.settings = settings
-        self.policy = settings.policy if isinstance(settings.policy, Policy) else Policy.load(settings.policy)
+        self.policy = _fitting(
+            settings.policy if isinstance(settings.policy, Policy) else Policy.load(settings.policy),
+            settings.policy_tokens,
+        )
         self.backend = (
             settings.backend if isinstance(settings.backend, Backend) else shared_backend(settings.backend)
         )
@@ -620,6 +629,19 @@ class Guard:
             part=check.part,
             latency_ms=latency,
         )
+
+
+def _fitting(policy: Policy, tokens: int) -> Policy:
+    """The policy within its budget, said where that costs something."""
+    fitting, dropped = condensed(policy, tokens)
+    if dropped:
+        log.warning(
+            "%d examples of the policy %s were left out of the prompt, which may take %d tokens of it.",
+            dropped,
+            policy.name,
+            tokens,
+        )
+    return fitting
 
 
 def _categories(check: _Check) -> tuple[Category, ...]:

@@ -134,6 +134,8 @@ class GuardPrompt:
             "description": self._safe(category.description),
             "covers": [self._safe(text) for text in category.covers],
             "allows": [self._safe(text) for text in category.allows],
+            "examples": [self._safe(text) for text in category.examples],
+            "allowed_examples": [self._safe(text) for text in category.allowed_examples],
         }
 
 

@@ -24,6 +24,8 @@ MAX_CATEGORIES = 200
 MAX_ID_LENGTH = 64
 MAX_NAME_LENGTH = 200
 
+# Fields that a digest is made of even when they are empty.
+_ALWAYS = ("id", "name", "description", "covers", "allows", "applies_to")
 _BUILTIN = Path(__file__).parent / "builtin"
 
 
@@ -101,6 +103,8 @@ class Category(_Value):
         description: What is meant, in a sentence; may be empty.
         covers: What else falls under the category.
         allows: What doesn't, though it may look like it.
+        examples: Texts that fall under the category.
+        allowed_examples: Texts that don't, though they may look like it.
         applies_to: The kinds of content that are judged by it; all, unless given.
 
     Raises:
@@ -112,6 +116,8 @@ class Category(_Value):
     description: Annotated[str, AfterValidator(_line)] = ""
     covers: tuple[Annotated[str, AfterValidator(_filled_line)], ...] = ()
     allows: tuple[Annotated[str, AfterValidator(_filled_line)], ...] = ()
+    examples: tuple[Annotated[str, AfterValidator(_filled_line)], ...] = ()
+    allowed_examples: tuple[Annotated[str, AfterValidator(_filled_line)], ...] = ()
     applies_to: tuple[ContentKind, ...] = CONTENT_KINDS
 
     @field_validator("applies_to")
@@ -248,7 +254,11 @@ class Policy(_Value):
         They depend on the categories, their order and everything in them, and not on the policy's own name
         and description, the file's format or the process.
         """
-        categories = [category.model_dump(mode="json") for category in self.categories]
+        # What a category doesn't have leaves no trace, so that digests outlive new fields.
+        categories = [
+            {key: value for key, value in category.model_dump(mode="json").items() if value or key in _ALWAYS}
+            for category in self.categories
+        ]
         canonical = json.dumps(categories, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -1,0 +1,102 @@
+"""Specs of guardrails-ai (RAIL files): those validators that state a safety policy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from xml.parsers import expat
+
+from rsafe_plugins.errors import PolicyError
+from rsafe_plugins.policy.translate.pieces import Draft, Entry, Piece, Rule
+
+# What the hub's validators check, in our own words; their arguments narrow it.
+_SAFETY: Mapping[str, tuple[str, str]] = {
+    "toxic-language": ("Toxic language", "Language that is toxic: abusive, hateful, threatening or obscene."),
+    "profanity-free": ("Profanity", "Swear words, curse words and other obscene language."),
+    "nsfw-text": ("Not safe for work", "Sexual, graphic or otherwise not fit for a workplace."),
+    "detect-pii": ("Personal data", "Data that identifies a person."),
+    "guardrails-pii": ("Personal data", "Data that identifies a person."),
+    "detect-jailbreak": ("Jailbreak", "Attempts to get a model to ignore its rules."),
+    "unusual-prompt": ("Unusual prompt", "Attempts to trick a model by an unusual way of asking."),
+    "restricttotopic": ("Off topic", "What is about none of the topics that are allowed."),
+    "restrict-to-topic": ("Off topic", "What is about none of the topics that are allowed."),
+    "competitor-check": ("Competitors", "Naming competitors."),
+    "ban-list": ("Banned words", "Words that are banned."),
+    "secrets-present": ("Secrets", "Passwords, keys and other secrets."),
+    "gibberish-text": ("Gibberish", "Text without meaning."),
+    "bias-check": ("Bias", "Prejudice against people because of age, gender, race, religion or the like."),
+    "sensitive-topic": ("Sensitive topics", "Topics that are sensitive."),
+    "sensitive-topics": ("Sensitive topics", "Topics that are sensitive."),
+    "mentions-drugs": ("Drugs", "Mentioning drugs."),
+    "has-url": ("Links", "Links to websites."),
+    "llamaguard-7b": (
+        "Unsafe content",
+        "What Llama Guard forbids: violence, crime, weapons, drugs, self-harm.",
+    ),
+    "shieldgemma-2b": ("Unsafe content", "Dangerous content, harassment, hate speech and sexual content."),
+}
+_NAMESPACES = re.compile(r"^(?:[\w.-]+/)?(?P<name>[\w.-]+)$")
+_LISTS = re.compile(r"[\"']([^\"']+)[\"']")
+_VALIDATOR = re.compile(r"(?P<name>[\w./-]+)\s*(?::\s*(?P<arguments>\{[^}]*\}|\[[^\]]*\]|[^;]*))?")
+
+
+def looks_like(text: str) -> bool:
+    """Whether a text is such a spec."""
+    return bool(re.search(r"<rail\b", text, re.IGNORECASE))
+
+
+def read(draft: Draft, text: str, file: str) -> list[Entry]:
+    """Adds a category for each validator that states a safety policy.
+
+    Returns:
+        The other validators, and the texts of the spec.
+
+    Raises:
+        PolicyError: It is no XML.
+    """
+    others: list[Entry] = []
+    parser = expat.ParserCreate()
+    path: list[str] = []
+
+    def entities(*_: object) -> None:
+        raise PolicyError(f"{file}: a spec with entities of its own is not read.")
+
+    def start(tag: str, attributes: Mapping[str, str]) -> None:
+        path.append(tag)
+        for name in ("validators", "format"):
+            if validators := attributes.get(name):
+                key = f"{'/'.join(path)}[@{name}]"
+                for found in _VALIDATOR.finditer(validators):
+                    piece = Piece(found[0].strip(), file, parser.CurrentLineNumber, key)
+                    others.extend(_validator(draft, found["name"], found["arguments"] or "", piece))
+
+    def data(content: str) -> None:
+        if content.strip():
+            piece = Piece(content.strip(), file, parser.CurrentLineNumber, "/".join(path))
+            others.append(Entry(piece, reason="a prompt or an instruction to the main model"))
+
+    parser.EntityDeclHandler = entities
+    parser.StartElementHandler = start
+    parser.EndElementHandler = lambda _: path.pop()
+    parser.CharacterDataHandler = data
+    parser.buffer_text = True
+    try:
+        parser.Parse(text, True)
+    except expat.ExpatError as error:
+        raise PolicyError(
+            f"{file}, line {error.lineno}: this is no XML ({expat.ErrorString(error.code)})."
+        ) from None
+    return others
+
+
+def _validator(draft: Draft, name: str, arguments: str, piece: Piece) -> list[Entry]:
+    plain = _NAMESPACES.match(name)
+    known = _SAFETY.get((plain["name"] if plain else name).casefold().replace("_", "-"))
+    if known is None:
+        return [Entry(piece, reason="a validator that checks form or quality, not safety")]
+    title, description = known
+    narrowed = [(value, piece) for value in _LISTS.findall(arguments)]
+    rule = Rule(title, piece, description=description)
+    (rule.allows if title == "Off topic" else rule.covers).extend(narrowed)
+    draft.rules.append(rule)
+    return []

@@ -1,0 +1,290 @@
+"""Config folders of NeMo Guardrails: prompts of its rails, instructions, Colang flows, lists in `rails.config`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rsafe_plugins.errors import PolicyError
+from rsafe_plugins.policy import files
+from rsafe_plugins.policy.model import ContentKind
+from rsafe_plugins.policy.translate import colang, plain, taxonomy
+from rsafe_plugins.policy.translate.pieces import Draft, Entry, Piece, Rule
+from rsafe_plugins.policy.translate.prose import add_sentence, forbids_something, lines, sentences
+from rsafe_plugins.policy.translate.yaml_tree import Text, at, read_yaml, texts
+
+MOST_FILES = 2_000
+_YAML, _COLANG = (".yml", ".yaml"), ".co"
+_TASK = re.compile(r"^(?P<name>\w+)(?:\s+\$(?P<parameter>\w+)\s*=\s*(?P<value>\S+))?\s*$")
+_SELF_CHECK = {"self_check_input": "input", "self_check_output": "output"}
+_CATEGORIES = {
+    "content_safety_check_input": "input",
+    "content_safety_check_output": "output",
+    "llama_guard_check_input": "input",
+    "llama_guard_check_output": "output",
+}
+_KINDS: Mapping[str, tuple[ContentKind, ...]] = {
+    "input": ("prompt",),
+    "output": ("response",),
+    "retrieval": ("document",),
+    "tool_input": ("tool_result",),
+    "tool_output": ("tool_call",),
+    "dialog": ("prompt",),
+}
+_NOT_POLICY = {
+    "self_check_facts": "checks facts, which is no safety policy",
+    "self_check_hallucination": "checks for hallucination, which is no safety policy",
+    "patronus_lynx_check_output_hallucination": "checks for hallucination, which is no safety policy",
+}
+_CONTROL = re.compile(r"\{[%#].*?[%#]\}", re.DOTALL)
+_PLACE = re.compile(r"\{\{.*?\}\}", re.DOTALL)
+
+
+class Folder:
+    """The files of a config, read as text and never run.
+
+    Args:
+        path: A config folder, or one of its YAML or Colang files.
+
+    Raises:
+        PolicyError: It can't be read, or holds nothing of a config.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.root = path if path.is_dir() else path.parent
+        names = sorted(_walk(path)) if path.is_dir() else [path]
+        self.yaml: dict[str, Any] = {}
+        self.colang: dict[str, str] = {}
+        for name in names:
+            shown = os.path.relpath(name, self.root)
+            text = files.read_text(name)
+            if name.suffix == _COLANG:
+                self.colang[shown] = text
+            else:
+                self.yaml[shown] = read_yaml(text, shown)
+        if not self.yaml and not self.colang:
+            shown = files.source_name(path)
+            raise PolicyError(f"{shown}: there are no .yml, .yaml or .co files of a rail config here.")
+
+    @property
+    def version(self) -> str:
+        """The version of Colang."""
+        found = (at(data, "colang_version") for data in self.yaml.values())
+        return str(next(filter(None, found), "1.0"))
+
+    def lists(self, *keys: str) -> Iterator[tuple[str, str, Any]]:
+        """Each item of a list in any of the YAML files, with its file and key."""
+        for file, data in self.yaml.items():
+            found = at(data, *keys)
+            for number, item in enumerate(found if isinstance(found, list) else ()):
+                yield file, f"{'.'.join(keys)}[{number}]", item
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """The YAML and Colang files below a folder. Links to folders aren't followed: they may lead in a circle."""
+    count = 0
+    for folder, folders, names in os.walk(root, followlinks=False):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "kb")
+        for name in names:
+            path = Path(folder, name)
+            if path.suffix in (*_YAML, _COLANG) and not name.startswith("."):
+                count += 1
+                if count > MOST_FILES:
+                    raise PolicyError(
+                        f"{files.source_name(root)}: more than {MOST_FILES:,} files are in here; name the folder of "
+                        "one rail config."
+                    )
+                yield path
+
+
+def looks_like(path: Path) -> bool:
+    """Whether a path is a config folder, a Colang file, or a YAML file with a config's keys."""
+    if path.is_dir() or path.suffix == _COLANG:
+        return True
+    if path.suffix not in _YAML:
+        return False
+    data = read_yaml(files.read_text(path), path.name)
+    return isinstance(data, Mapping) and bool(
+        {"models", "rails", "prompts", "instructions", "colang_version", "import_paths"} & set(data)
+        or isinstance(data.get("policies"), list)
+    )
+
+
+def read(path: Path, name: str) -> tuple[list[Draft], list[Entry]]:
+    """The policies of a config, and what in it is none.
+
+    Raises:
+        PolicyError: A file can't be read; the message names it.
+    """
+    folder = Folder(path)
+    drafts: dict[str, Draft] = {}
+    others: list[Entry] = []
+
+    def draft(rail: str, variant: str = "", prefix: str = "C") -> Draft:
+        key = f"{rail}-{variant}" if variant else rail
+        if key not in drafts:
+            drafts[key] = Draft(f"{name}-{key}", _KINDS.get(rail, _KINDS["input"]), prefix=prefix)
+        return drafts[key]
+
+    others += _prompts(folder, draft)
+    others += _instructions(folder, draft)
+    others += _lists(folder, draft)
+    others += _eval_policies(folder, draft)
+    others += _colang(folder, draft)
+    return [one for one in drafts.values() if one.rules], [
+        *others,
+        *(Entry(piece) for one in drafts.values() if not one.rules for _, piece in one.exceptions),
+    ]
+
+
+Drafts = Callable[..., Draft]
+
+
+def _prompts(folder: Folder, draft: Drafts) -> list[Entry]:
+    others: list[Entry] = []
+    for file, key, item in folder.lists("prompts"):
+        task = _TASK.match(str(at(item, "task") or ""))
+        pieces = [
+            piece
+            for where, text in _contents(item, key)
+            if isinstance(text, Text)
+            for piece in _text_lines(text, file, where)
+        ]
+        if task is None:
+            others += [Entry(piece, reason="a prompt without a task") for piece in pieces]
+            continue
+        name, value = task["name"], task["value"] or ""
+        if name in _SELF_CHECK:
+            variant = value if task["parameter"] == "variant" else ""
+            others += plain.read(draft(_SELF_CHECK[name], variant), pieces)
+        elif name in _CATEGORIES:
+            variant = "" if value in ("content_safety", "llama_guard") else value
+            others += taxonomy.read(draft(_CATEGORIES[name], variant), pieces)
+        elif name == "topic_safety_check_input":
+            _topics(draft("input", "topics", "T"), pieces)
+        else:
+            reason = _NOT_POLICY.get(name, f"the prompt of the task {name}, which states no policy")
+            others += [Entry(piece, reason=reason) for piece in pieces]
+    return others
+
+
+def _contents(item: Any, key: str) -> list[tuple[str, Any]]:
+    """A prompt's texts, with the key of each."""
+    if at(item, "content"):
+        return [(f"{key}.content", at(item, "content"))]
+    messages = at(item, "messages")
+    found = []
+    for number, message in enumerate(messages if isinstance(messages, list) else ()):
+        text = message if isinstance(message, Text) else at(message, "content")
+        found.append((f"{key}.messages[{number}]", text))
+    return found
+
+
+def _text_lines(text: Text, file: str, key: str) -> list[Piece]:
+    """A prompt's lines without its template's logic. Whatever branch they stand in, they may be said."""
+    _check_template(text, file, key)
+    plain_text = _CONTROL.sub("", text)
+    return lines(plain_text, file, key, text.line)
+
+
+def _check_template(text: Text, file: str, key: str) -> None:
+    from jinja2 import TemplateSyntaxError
+    from jinja2.sandbox import SandboxedEnvironment
+
+    try:
+        SandboxedEnvironment().parse(str(text))
+    except TemplateSyntaxError as error:
+        line = text.line + error.lineno - 1
+        raise PolicyError(f"{file}, line {line}: {key} is no Jinja template ({error.message}).") from None
+    except RecursionError:
+        raise PolicyError(
+            f"{file}, line {text.line}: {key} is nested too deeply for a Jinja template."
+        ) from None
+
+
+def _topics(draft: Draft, pieces: Sequence[Piece]) -> None:
+    """A description of what is on topic: all else is off."""
+    said = [piece for piece in pieces if not _PLACE.fullmatch(piece.text)]
+    if said:
+        whole = " ".join(one.text for one in said)
+        description = f"What isn't covered by this: {whole}"
+        draft.rules.append(Rule("Off topic", said[0], description=description, more=list(said[1:])))
+
+
+def _instructions(folder: Folder, draft: Drafts) -> list[Entry]:
+    others: list[Entry] = []
+    for file, key, item in folder.lists("instructions"):
+        content = at(item, "content")
+        for piece in _text_lines(content, file, f"{key}.content") if isinstance(content, Text) else ():
+            for sentence in sentences(piece.text):
+                part = Piece(sentence, piece.file, piece.line, piece.key)
+                if forbids_something(sentence):
+                    add_sentence(draft("output", "instructions", "G"), part)
+                else:
+                    others.append(Entry(part, reason="an instruction to the main model"))
+    for file, data in folder.yaml.items():
+        if isinstance(sample := at(data, "sample_conversation"), Text):
+            piece = Piece(sample.strip().split("\n")[0], file, sample.line, "sample_conversation")
+            others.append(Entry(piece, reason="a sample conversation for the main model"))
+    return others
+
+
+def _lists(folder: Folder, draft: Drafts) -> list[Entry]:
+    """Lists under `rails.config`: names of data and labels are policy; patterns are for NeMo's own rails."""
+    others: list[Entry] = []
+    for file, data in folder.yaml.items():
+        for key, text in texts(at(data, "rails", "config") or {}, "rails.config"):
+            piece = Piece(str(text), file, text.line, key)
+            name = key.rsplit(".", 1)[-1].partition("[")[0]
+            rail = next((rail for rail in ("input", "output", "retrieval") if f".{rail}." in key), "input")
+            if name == "entities":
+                one = draft(rail, "sensitive-data", "D")
+                title = text.replace("_", " ").capitalize()
+                meant = f"Personal data of the kind {title.lower()}."
+                one.rules.append(Rule(title, piece, id=str(text), description=meant))
+            elif name in ("blocked_labels", "blocked_classes"):
+                draft(rail, "classifier", "L").rules.append(Rule(str(text), piece))
+            elif name in ("patterns", "yara_rules") or "regex" in key:
+                others.append(
+                    Entry(piece, reason="a pattern, which NeMo's own rail matches exactly; keep that rail")
+                )
+            elif "refusal" in key or "message" in name:
+                others.append(Entry(piece, reason="what the bot says; keep it"))
+            else:
+                others.append(Entry(piece, reason="a setting of one of NeMo's own rails"))
+    return others
+
+
+def _eval_policies(folder: Folder, draft: Drafts) -> list[Entry]:
+    others: list[Entry] = []
+    for file, key, item in folder.lists("policies"):
+        identifier, description = at(item, "id"), at(item, "description")
+        if not isinstance(identifier, Text):
+            others += [Entry(Piece(str(text), file, text.line, where)) for where, text in texts(item, key)]
+            continue
+        piece = Piece(str(description or identifier), file, identifier.line, key)
+        title = re.sub(r"[-_]+", " ", identifier).capitalize()
+        rule = Rule(title, piece, id=str(identifier), description=str(description or ""))
+        draft("eval", prefix="E").rules.append(rule)
+    if any(True for _ in folder.lists("policies")):
+        # They are for conversations as a whole.
+        draft("eval").kinds = ("prompt", "response")
+    return others
+
+
+def _colang(folder: Folder, draft: Drafts) -> list[Entry]:
+    if not folder.colang:
+        return []
+    flows = colang.Flows()
+    version = "1.0" if folder.version == "1.0" else "2.x"
+    if not folder.yaml:
+        defines = (re.search(r"^\s*define\b", text, re.MULTILINE) for text in folder.colang.values())
+        version = "1.0" if any(defines) else "2.x"
+    for file, text in folder.colang.items():
+        colang.parse(text, file, version, flows)
+    if not flows.intents and not flows.says:
+        return []
+    return colang.refusals(draft("dialog", prefix="R"), flows)

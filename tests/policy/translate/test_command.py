@@ -1,0 +1,94 @@
+"""`rsafe translate` as people type it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nemoguardrails
+import pytest
+
+from rsafe_plugins import Guard, Policy
+from rsafe_plugins.cli import main
+from rsafe_plugins.commands import common
+from rsafe_plugins.testing import ScriptedBackend
+
+ABC = str(Path(nemoguardrails.__file__).parent / "examples" / "bots" / "abc")
+
+
+def test_policies_go_to_standard_output_and_the_summary_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["translate", ABC]) == 0
+    out, err = capsys.readouterr()
+    assert [Policy.from_yaml(text).name for text in out.split("\n---\n")] == [
+        "abc-input",
+        "abc-output",
+        "abc-dialog",
+    ]
+    assert "95 pieces of text" in err
+    assert "0 unknown" in err
+
+
+def test_policies_are_written_into_a_folder_or_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["translate", ABC, "-o", str(tmp_path / "out"), "--report"]) == 0
+    assert len(Policy.load(tmp_path / "out" / "abc-input.yaml").categories) == 10
+    assert capsys.readouterr().err.count("no policy:") == 35
+    one = tmp_path / "one.yaml"
+    assert main(["translate", str(tmp_path / "out" / "abc-input.yaml"), "-o", str(one)]) == 0
+    assert Policy.load(one).digest == Policy.load(tmp_path / "out" / "abc-input.yaml").digest
+
+
+def test_json_holds_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["translate", ABC, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["format"] == "nemo"
+    assert len(data["policies"]) == 3
+    assert len(data["report"]) == 95
+
+
+def test_other_guards_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["translate", ABC, "--to", "nemo", "-o", str(tmp_path / "made")]) == 0
+    assert (tmp_path / "made" / "config.yml").exists()
+    assert main(["translate", ABC, "--to", "nemo"]) == 2
+    capsys.readouterr()
+    assert main(["translate", ABC, "--to", "llama-guard"]) == 0
+    assert "<BEGIN UNSAFE CONTENT CATEGORIES>" in capsys.readouterr().out
+    source = tmp_path / "names.txt"
+    source.write_text("hate\nsexual\n")
+    assert main(["translate", str(source), "--to", "mlcommons"]) == 0
+    assert "S10" in capsys.readouterr().out
+
+
+def test_strict_fails_on_what_nobody_knows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["translate", ABC, "--strict"]) == 0
+    source = tmp_path / "names.txt"
+    source.write_text("hate\nfrobnication\n")
+    arguments = ["translate", str(source), "--format", "names"]
+    assert main(arguments) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--strict"]) == 2
+    assert "names.txt:2: nobody knows what this is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("word", "status"), [("?", 0), ("bomb", 1)])
+def test_check_judges_the_examples_and_shows_where_the_guard_disagrees(
+    word: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reply(request: object) -> str:
+        conversation = str(request).rpartition("<BEGIN CONVERSATION>")[2]
+        return r"\boxed{unsafe}" if word in conversation else r"\boxed{safe}"
+
+    def make(**given: object) -> Guard:
+        return Guard(given["policy"], backend=ScriptedBackend(reply), reasoning="never")  # type: ignore[arg-type]
+
+    monkeypatch.setattr(common, "make_guard", make)
+    assert main(["translate", ABC, "--check", "--json"]) == status
+    data = json.loads(capsys.readouterr().out)
+    assert data["examples"] == 22
+    assert len(data["disagreements"]) == (0 if status == 0 else 21)
+
+
+def test_what_cannot_be_translated_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["translate", str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
