@@ -13,7 +13,7 @@ from rsafe_plugins.policy import CONTENT_KINDS, Policy
 
 ONE = "name: p\ncategories:\n  - id: A\n    name: Arson\n"
 KINDS = ", ".join(CONTENT_KINDS)
-CATEGORY_KEYS = "id, name, description, covers, allows, applies_to"
+CATEGORY_KEYS = "id, name, description, covers, allows, examples, allowed_examples, applies_to"
 EMPTY = "expected a policy with a name and categories, but this is empty"
 DEEP = "nested too deeply"
 ANCHORS = "anchors (&) and aliases (*) are refused"
