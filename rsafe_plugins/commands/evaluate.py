@@ -12,15 +12,18 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from rsafe_plugins import Guard, Verdict
+from rsafe_plugins import Guard, Policy, Verdict
 from rsafe_plugins.commands import common
 from rsafe_plugins.errors import DataError
+from rsafe_plugins.evaluation.adherence import Adherence, adherence
 from rsafe_plugins.evaluation.fit import fit
 from rsafe_plugins.evaluation.items import LabelledItem, read_items
 from rsafe_plugins.evaluation.metrics import Metrics, measure
 from rsafe_plugins.evaluation.run import judge, sample
 from rsafe_plugins.guard.fitted import OperatingPoint, write
+from rsafe_plugins.policy.taxonomies import taxonomy_names
 
 COLUMNS = {
     "f1": "F1",
@@ -76,6 +79,12 @@ GUARD_FAILED = 3
     metavar="SHARE",
     help="With --fit: how much of the traffic that the guard is for is unsafe. Default: as in the files.",
 )
+@click.option(
+    "--adherence",
+    "taxonomy",
+    type=click.Choice(taxonomy_names()),
+    help="Measure whether the guard follows its policy, on items that are labelled with categories of this taxonomy.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, and nothing else.")
 def evaluate(
     files: tuple[Path, ...],
@@ -85,6 +94,7 @@ def evaluate(
     verdicts: Path | None,
     fit_file: Path | None,
     unsafe_share: float | None,
+    taxonomy: str | None,
     as_json: bool,
     **settings: Any,
 ) -> int:
@@ -93,12 +103,17 @@ def evaluate(
     A check that fails counts as wrong, and failures are shown; if all fail, the exit status is 3. With --fit it
     judges every item twice and writes where the guard should draw its lines: threshold=FILE in the guard's
     settings uses them. Fit on items that neither training nor the evaluation has seen.
+
+    With --adherence each item that is labelled unsafe is judged by the policy and by the same without the item's
+    categories: a guard that follows its policy finds it unsafe, then safe.
     """
     if find_spec("sklearn") is None:
         raise click.UsageError('Measuring needs scikit-learn: pip install "rsafe-plugins[eval]".')
     sets = {path: sample(read_items(path), limit) for path in files}
     if fit_file is not None:
         return _fit(sets, policy, document_policy, verdicts, fit_file, unsafe_share, as_json, settings)
+    if taxonomy is not None:
+        return _adherence(sets, policy, taxonomy, verdicts, as_json, settings)
     guards = _guards(policy, document_policy, settings)
     rows: dict[Path, Metrics] = {}
     with _progress() as progress:
@@ -162,6 +177,52 @@ def _fit(
                 f"{line['token_share']:.0%} of the tokens of always."
             )
     return 0
+
+
+def _adherence(
+    sets: Mapping[Path, Sequence[LabelledItem]],
+    policy: str | None,
+    taxonomy: str,
+    verdicts: Path | None,
+    as_json: bool,
+    settings: Mapping[str, Any],
+) -> int:
+    items = [item for part in sets.values() for item in part]
+    whole = Policy.load(policy or "rsafe-18")
+    with _progress() as progress:
+        bar = progress.add_task("adherence", total=None)
+        rows = adherence(
+            items,
+            taxonomy,
+            whole,
+            lambda one: common.make_guard(policy=one, on_error="block", **settings),
+            verdicts,
+            on_progress=lambda done: progress.update(bar, completed=done),
+        )
+    if as_json:
+        for row in rows:
+            common.print_json({**asdict(row), "flip_rate": row.flip_rate})
+    else:
+        common.console().print(_adherence_table(rows, whole))
+    return GUARD_FAILED if rows[-1].failures == rows[-1].items else 0
+
+
+def _adherence_table(rows: Sequence[Adherence], policy: Policy) -> Table:
+    table = Table()
+    table.add_column("category")
+    for title in ("items", "unsafe with it", "safe without it", "both", "failures"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        name = f"{row.category} {policy.category(row.category).name}" if row.category else "all"
+        shares = [part / row.items for part in (row.unsafe_with, row.safe_without, row.flipped)]
+        table.add_row(
+            Text(name),
+            str(row.items),
+            *(f"{share:.0%}" for share in shares),
+            str(row.failures),
+            end_section=not row.category,
+        )
+    return table
 
 
 def _guards(policy: str | None, document_policy: str, settings: Mapping[str, Any]) -> dict[bool, Guard]:

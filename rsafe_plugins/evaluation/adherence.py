@@ -1,0 +1,115 @@
+"""Whether a guard follows its policy: the same items under policies with and without what they are unsafe for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rsafe_plugins.errors import DataError
+from rsafe_plugins.evaluation.items import LabelledItem
+from rsafe_plugins.evaluation.run import judge
+from rsafe_plugins.guard import Guard
+from rsafe_plugins.policy import Policy
+from rsafe_plugins.policy.taxonomies import corresponding
+
+
+@dataclass(frozen=True)
+class Adherence:
+    """How the verdicts on items of one category depend on whether the policy has it.
+
+    Attributes:
+        category: The id of the policy's category; empty for all items together.
+        items: Items labelled unsafe for it. One with several categories counts for each.
+        unsafe_with: How many are found unsafe under the whole policy.
+        safe_without: How many are found safe under the policy without all categories that the item is labelled with.
+        flipped: How many both.
+        failures: How many had a failed check, which counts for none of these.
+    """
+
+    category: str
+    items: int
+    unsafe_with: int
+    safe_without: int
+    flipped: int
+    failures: int
+
+    @property
+    def flip_rate(self) -> float:
+        """The share of items whose verdict is that of the policy both times, 0 to 1."""
+        return self.flipped / self.items
+
+
+def adherence(
+    items: Sequence[LabelledItem],
+    taxonomy: str,
+    policy: Policy,
+    guard_of: Callable[[Policy], Guard],
+    store: Path | None = None,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> list[Adherence]:
+    """Judges each item twice, under the policy and under the same without the item's categories.
+
+    Args:
+        items: Labelled items. Those that are safe, or whose categories the policy doesn't have, are left out.
+        taxonomy: Whose categories they are labelled with, one of `taxonomy_names()`.
+        policy: A policy that is itself a taxonomy of the table, such as `rsafe-18`.
+        guard_of: The guard for a policy.
+        store: A file for the verdicts, as `judge` takes it.
+        on_progress: Called with the number of verdicts that are there.
+
+    Returns:
+        For each category, in the policy's order, then for all items together.
+
+    Raises:
+        PolicyError: The taxonomy or the policy is none of the table's.
+        DataError: No item can be used.
+    """
+    known = {category.id for category in policy.categories}
+    labelled: list[tuple[LabelledItem, frozenset[str]]] = []
+    for item in items:
+        ids = {one for name in item.categories for one in corresponding(name, taxonomy, policy.name)}
+        mine = frozenset(ids & known)
+        # A policy without categories can't be asked.
+        if item.unsafe and mine and len(mine) < len(known):
+            labelled.append((item, mine))
+    if not labelled:
+        raise DataError(
+            f"None of the {len(items)} items is unsafe for a category of {taxonomy} that corresponds to one of "
+            f"{policy.name}."
+        )
+    # Those with the same policy one after the other, so that an engine computes it once.
+    labelled.sort(key=lambda pair: sorted(pair[1]))
+    whole = guard_of(policy)
+    lesser = {ids: guard_of(_without(policy, ids)) for ids in dict.fromkeys(ids for _, ids in labelled)}
+    texts = [item for item, _ in labelled]
+    with_it = judge(texts, lambda item: whole, store, on_progress=on_progress)
+    by_item = {id(item): lesser[ids] for item, ids in labelled}
+    without_it = judge(
+        texts, lambda item: by_item[id(item)], store, on_progress=lambda done: on_progress(len(texts) + done)
+    )
+    rows = [
+        (ids, first.label, second.label)
+        for (_, ids), first, second in zip(labelled, with_it, without_it, strict=True)
+    ]
+    found = [
+        _row(category.id, [row for row in rows if category.id in row[0]]) for category in policy.categories
+    ]
+    return [*(one for one in found if one.items), _row("", rows)]
+
+
+def _without(policy: Policy, ids: frozenset[str]) -> Policy:
+    categories = tuple(category for category in policy.categories if category.id not in ids)
+    return policy.model_copy(update={"categories": categories})
+
+
+def _row(category: str, rows: Sequence[tuple[frozenset[str], str | None, str | None]]) -> Adherence:
+    pairs = [(first, second) for _, first, second in rows]
+    return Adherence(
+        category=category,
+        items=len(pairs),
+        unsafe_with=sum(first == "unsafe" for first, _ in pairs),
+        safe_without=sum(second == "safe" for _, second in pairs),
+        flipped=sum(pair == ("unsafe", "safe") for pair in pairs),
+        failures=sum(None in pair for pair in pairs),
+    )
