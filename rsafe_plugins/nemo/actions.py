@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 from cachetools import TTLCache
 from nemoguardrails import RailsConfig
@@ -27,6 +27,8 @@ from rsafe_plugins.policy import Policy
 log = logging.getLogger(__name__)
 
 _NO_VERDICT = "The guard gave no verdict."
+_REFUSE = "refuse to respond"  # what the bot does in our flows
+_DEFAULT_REFUSAL = "I'm sorry, I can't respond to that."  # NeMo's own
 # NeMo hands the refusal of a rail to the output rails.
 _OWN_REFUSAL = RailOutcome.allow(reason="the app's own refusal")
 _JUST_NOW = 60.0  # seconds between two of NeMo's steps in one turn, at most
@@ -61,13 +63,29 @@ class RailActions:
         events: Sequence[Mapping[str, Any]] = (),
         config: RailsConfig | None = None,
         **_: Any,
-    ) -> RailOutcome:
+    ) -> RailOutcome | ActionResult:
         """Judges what the user wrote since the model's last turn, in the conversation it stands in.
 
         Args:
             text: The message: a string, or a list of content parts. One that isn't all text is a failed check.
             policy: See the class.
             events: NeMo's events so far.
+            config: See the class.
+
+        Raises:
+            RSafeError: The check failed and `on_error` is `raise`.
+        """
+        return _stopping(await self.check_prompt(text, policy, events, config), "input", config)
+
+    async def check_prompt(
+        self, text: object, policy: object, events: Sequence[Mapping[str, Any]], config: RailsConfig | None
+    ) -> RailOutcome:
+        """Judges what the user wrote since the model's last turn.
+
+        Args:
+            text: The message.
+            policy: See the class.
+            events: What came before it, as NeMo's events.
             config: See the class.
 
         Raises:
@@ -86,7 +104,7 @@ class RailActions:
         config: RailsConfig | None = None,
         context: Mapping[str, Any] | None = None,
         **_: Any,
-    ) -> RailOutcome:
+    ) -> RailOutcome | ActionResult:
         """Judges what the model answered, and what the user wrote where NeMo has run no input rail on it.
 
         Args:
@@ -109,7 +127,8 @@ class RailActions:
             _is_colang_2(config) or not _input_rail_is_on(config, context) or _last_prompt_has_passed(events)
         )
         said = [*_said(events, config), Said("response", text_of(text))]
-        return await self._judge("output", policy, config, said, only_last=is_seen)
+        outcome = await self._judge("output", policy, config, said, only_last=is_seen)
+        return _stopping(outcome, "output", config)
 
     async def check_answer(
         self,
@@ -359,8 +378,27 @@ def _said(events: Sequence[Any], config: RailsConfig | None) -> list[Said]:
     return said
 
 
+def _stopping(
+    outcome: RailOutcome, rail: Literal["input", "output"], config: RailsConfig | None
+) -> RailOutcome | ActionResult:
+    """The outcome, with the refusal and the stop as events where NeMo would lose the flow's own stop.
+
+    It does in rails that run in parallel, in a config with retrieval rails: the refusal makes it retrieve chunks, whose
+    rail ends the flow that refuses, and the main model is asked as if nothing had been blocked.
+    """
+    if not outcome.is_blocked or config is None or _is_colang_2(config) or config.enable_rails_exceptions:
+        return outcome
+    if not getattr(config.rails, rail).parallel or not config.rails.retrieval.flows:
+        return outcome
+    # A message with variables would have to be rendered by NeMo.
+    own = [text for text in config.bot_messages.get(_REFUSE, ()) if not {"{", "$"} & set(text)]
+    said = {"type": "StartUtteranceBotAction", "script": own[0] if own else _DEFAULT_REFUSAL}
+    events = [{"type": "BotIntent", "intent": _REFUSE}, said, {"type": "BotIntent", "intent": "stop"}]
+    return ActionResult(return_value=outcome, events=events)
+
+
 def _is_refusal(text: object, config: RailsConfig | None) -> bool:
-    return config is not None and text in config.bot_messages.get("refuse to respond", ())
+    return config is not None and text in config.bot_messages.get(_REFUSE, ())
 
 
 def _is_colang_2(config: RailsConfig | None) -> bool:

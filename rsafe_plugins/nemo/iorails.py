@@ -65,7 +65,7 @@ async def check_input(
     Raises:
         RSafeError: The config's settings can't be used, or the check failed and `on_error` is `raise`.
     """
-    return await _actions_of(config).rsafe_check_input(text, policy, events, config)
+    return await _actions_of(config).check_prompt(text, policy, events, config)
 
 
 async def check_output(

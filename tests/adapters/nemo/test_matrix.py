@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -215,11 +216,12 @@ rails = pytest.mark.parametrize("rail", [rail for rail in RAILS if rail not in U
 
 @pytest.mark.parametrize("engine", ENGINES)
 @rails
-async def test_what_gets_through(rail: str, engine: str) -> None:
+async def test_what_gets_through(rail: str, engine: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
     backend, on_block, _ = ENGINES[engine]
     passed, returned = await passes(rail, backend())
     assert passed == on_block
-    assert THOUGHT not in returned
+    assert THOUGHT not in returned + caplog.text + "".join(app_of(rail).main.prompts)
 
 
 @pytest.mark.parametrize("engine", ["finds it unsafe", "crashes", "writes garbage"])

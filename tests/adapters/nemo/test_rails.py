@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from nemoguardrails.actions import action
 from nemoguardrails.rails.llm.options import RailStatus, RailType
 from support.nemo import (
     ANSWER,
@@ -410,3 +411,62 @@ async def test_streamed_answer_is_judged_beside_the_last_message_of_the_user() -
     assert f"User: BAD\nAgent: {ANSWER}\n<END CONVERSATION>" in judged(backend)
     app.guard_with(unsafe_where("BAD"))
     assert (await app.stream(user("BAD"), bot("Fine."))).startswith('{"error"')
+
+
+@pytest.mark.parametrize("parallel", ["false", "true"])
+@pytest.mark.parametrize(("reply", "is_safe"), [(SAFE, True), (UNSAFE, False), ("garbage", False)])
+async def test_with_stream_first_text_leaves_before_an_error_ends_the_stream(
+    parallel: str, reply: str, is_safe: bool
+) -> None:
+    """NeMo's default, which we advise against: the text is out by the time it is judged."""
+    streaming = "streaming: {enabled: true, stream_first: true}"
+    app = build(f"{{output: {{parallel: {parallel}, flows: [rsafe check output], {streaming}}}}}")
+    app.guard_with(ScriptedBackend(reply))
+    streamed = await app.stream(user("How is the sea?"))
+    assert streamed.startswith(ANSWER)
+    assert ('{"error"' in streamed) == (not is_safe)
+
+
+RETRIEVAL = "retrieval: {flows: [rsafe check retrieval]}"
+OWN_REFUSAL = 'define bot refuse to respond\n  "Let us talk about the sea."\n'
+
+
+@pytest.mark.parametrize(
+    "flow", ["rsafe check {}", "rsafe check {} $policy=mlcommons', 'rsafe check {} $policy=rsafe-18"]
+)
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize(
+    ("colang", "refusal"), [(None, REFUSAL), (OWN_REFUSAL, "Let us talk about the sea.")]
+)
+@pytest.mark.parametrize("reply", [UNSAFE, "garbage", RuntimeError("segfault")])
+async def test_parallel_rails_beside_a_retrieval_rail_stop_what_they_block(
+    flow: str, side: str, colang: str | None, refusal: str, reply: Any
+) -> None:
+    flows = flow.replace("{}", side)
+    app = build(f"{{{side}: {{parallel: true, flows: ['{flows}']}}, {RETRIEVAL}}}", colang=colang)
+    app.guard_with(ScriptedBackend(reply))
+    assert await app.reply(user("How is the sea?")) == refusal
+    assert len(app.main.prompts) == (0 if side == "input" else 1)
+    app.guard_with(ScriptedBackend(SAFE))
+    assert await app.reply(user("How is the sea?")) == ANSWER
+
+
+async def test_nemo_asks_the_main_model_after_a_block_beside_a_retrieval_rail_in_parallel() -> None:
+    """With rails that aren't ours; fails once NeMo mends it, and `_stopping` isn't needed then."""
+    rails = "{input: {parallel: true, flows: [no one]}, retrieval: {flows: [my retrieval]}}"
+    colang = """
+define subflow no one
+  bot refuse to respond
+  stop
+
+define subflow my retrieval
+  $looked = execute look
+"""
+    app = build(rails, colang=colang)
+
+    @action(is_system_action=True)
+    async def look() -> bool:
+        return True
+
+    app.rails.runtime.register_action(look, "look")
+    assert ANSWER in await app.reply(user("How is the sea?"))
