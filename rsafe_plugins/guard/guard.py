@@ -176,7 +176,7 @@ class Guard:
                 f"A guard of the dialect {self.dialect.name} doesn't think: set reasoning to never or adaptive."
             )
         self._flights = Flights(self._judge, settings.cache, lambda check: check.error is None, self._late)
-        self._joiner = Joiner(self._complete)
+        self._joiner = Joiner(self._complete, max(1, self.backend.concurrency))
         _ = self.operating_point  # a file that can't be read is said now, not at the first check
 
     @property

@@ -39,10 +39,12 @@ class Joiner:
 
     Args:
         send: Calls the engine; gives a result for each request, in order, and raises nothing.
+        most: Requests in one call, at most: more would wait for each other in the engine.
     """
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, most: int = 64) -> None:
         self._send = send
+        self._most = most
         self._loop: asyncio.AbstractEventLoop | None = None
         self._groups: dict[Hashable, _Group] = {}
         self._calls: set[asyncio.Task[Any]] = set()  # so that none is collected before its end
@@ -61,7 +63,7 @@ class Joiner:
         answer: asyncio.Future[Answer] = loop.create_future()
         group.waiting.append((request, answer))
         group.last_arrival = time.monotonic()
-        if group.departure is None:
+        if group.departure is None or group.departure.done():
             is_another = caller != group.last_caller and group.last_arrival - group.last_end < _QUIET
             has_company = group.under_way > 0 or is_another
             group.departure = loop.create_task(self._depart(group, _LONGEST if has_company else 0.0))
@@ -79,8 +81,10 @@ class Joiner:
             await asyncio.sleep(ready - now)
         going = [(request, answer) for request, answer in group.waiting if not answer.done()]
         group.waiting, group.departure = [], None
-        if not going:
-            return
+        for first in range(0, len(going), self._most):
+            self._go(group, going[first : first + self._most])
+
+    def _go(self, group: _Group, going: list[tuple[Request, asyncio.Future[Answer]]]) -> None:
         group.under_way += 1
         self._calls.add(call := asyncio.create_task(self._send([request for request, _ in going])))
         left = len(going)

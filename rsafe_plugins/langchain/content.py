@@ -100,11 +100,28 @@ def reply_parts(
     return found
 
 
-def result_part(history: Sequence[BaseMessage], result: ToolMessage) -> Part:
-    """A tool's result, with the messages before it."""
-    said = text_of(result.content)
+def result_part(history: Sequence[BaseMessage], result: BaseMessage) -> Part:
+    """A message that a tool brings, with the messages before it."""
+    said = _text(result)
     content = Content("tool_result", said.text, result.name or "", _turns(history))
     return Part("tool_result", said.unreadable or content, ())
+
+
+def message_part(messages: Sequence[BaseMessage], number: int) -> Part:
+    """One message of the user, with the messages before it."""
+    said = _text(messages[number])
+    content = Content("prompt", said.text, history=_turns(messages[:number]))
+    return Part("prompt", said.unreadable or content, (number,))
+
+
+def is_prompt(message: BaseMessage) -> bool:
+    """Whether a message is the user's."""
+    return _kind(message) == "prompt"
+
+
+def is_spoken(message: BaseMessage) -> bool:
+    """Whether a message is judged at all; those of the developer aren't."""
+    return _kind(message) is not None
 
 
 def text_shown(message: BaseMessage) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from itertools import takewhile
 from typing import Annotated, Any, Literal, NotRequired
 from uuid import uuid4
@@ -19,18 +20,42 @@ from langchain.agents.middleware.types import (
     ToolCallRequest,
     hook_config,
 )
-from langchain.agents.structured_output import MultipleStructuredOutputsError, StructuredOutputValidationError
+from langchain.agents.structured_output import (
+    MultipleStructuredOutputsError,
+    ProviderStrategy,
+    StructuredOutputValidationError,
+    ToolStrategy,
+)
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, AnyMessage, BaseMessage, RemoveMessage, ToolCall, ToolMessage
-from langchain_core.tools import BaseTool
+from langchain_core.messages import (
+    AIMessage,
+    AnyMessage,
+    BaseMessage,
+    HumanMessage,
+    RemoveMessage,
+    ToolCall,
+    ToolMessage,
+    convert_to_messages,
+)
+from langchain_core.runnables import RunnableConfig, ensure_config
+from langchain_core.runnables.config import set_config_context, var_child_runnable_config
+from langgraph.errors import GraphBubbleUp
 from langgraph.runtime import Runtime
 from langgraph.types import Command, interrupt
 
-from rsafe_plugins.errors import PolicyError, SettingsError
+from rsafe_plugins.errors import PolicyError, RSafeError, SettingsError
 from rsafe_plugins.guard import Guard, GuardSettings, Verdict
 from rsafe_plugins.guard.texts import Part, acheck_many, check_many, worst
 from rsafe_plugins.guard.violation import REFUSAL, RSafeViolationError, mark_of
-from rsafe_plugins.langchain.content import reply_parts, result_part, text_shown, to_parts
+from rsafe_plugins.langchain.content import (
+    is_prompt,
+    is_spoken,
+    message_part,
+    reply_parts,
+    result_part,
+    text_shown,
+    to_parts,
+)
 from rsafe_plugins.policy import ContentKind
 
 AgentExitBehavior = Literal["end", "replace", "error", "interrupt"]
@@ -42,6 +67,7 @@ _MISSHAPEN = (MultipleStructuredOutputsError, StructuredOutputValidationError)
 MARK = "rsafe"
 """The key in `response_metadata` of a message that stands in the place of a blocked one."""
 
+_IN_PLACE = "in_place"  # in a mark: the message was given to the agent, and is none of its own
 _NO_STREAM = "nostream"  # LangGraph's tag for models whose tokens stay out of `stream_mode="messages"`
 _CHECKS: Mapping[str, ContentKind] = {
     "check_input": "prompt",
@@ -57,19 +83,23 @@ def _merged(held: Mapping[str, Any] | None, more: Mapping[str, Any] | None) -> d
 
 
 class RSafeState(AgentState[Any]):
-    """An agent's state with what waits for a person's decision, by the message's id."""
+    """An agent's state with what the middleware keeps there for itself.
+
+    Attributes:
+        rsafe_held: What waits for a person's decision, by the message's id.
+        rsafe_seen: The user's messages that were judged: a digest of each, by who judged it and its id.
+        rsafe_error: The violation that the agent is about to end with.
+    """
 
     rsafe_held: NotRequired[Annotated[dict[str, Any] | None, PrivateStateAttr, _merged]]
+    rsafe_seen: NotRequired[Annotated[dict[str, str] | None, PrivateStateAttr, _merged]]
+    rsafe_error: NotRequired[Annotated[dict[str, Any] | None, PrivateStateAttr]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Violation:
     stage: ContentKind
     verdict: Verdict
-
-    @property
-    def mark(self) -> dict[str, Any]:
-        return mark_of(self.stage, self.verdict)
 
 
 class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
@@ -160,43 +190,72 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
         # It becomes part of the names of nodes, which don't take every character.
         return re.sub(r"[^\w.-]", "_", "-".join(parts))
 
-    # The user's messages, when the agent starts.
+    # The user's messages: when the agent starts, and those that come later.
 
-    @hook_config(can_jump_to=["end"])
     def before_agent(self, state: RSafeState, runtime: Runtime[Any]) -> dict[str, Any] | None:
         """Judges the user's messages."""
-        asked = self._asked_of_input(state)
-        return self._after_input(state, asked, check_many(self.guard, [part.content for part in asked]))
+        asked = self._asked_of_input(state, is_start=True)
+        verdicts = check_many(self.guard, [part.content for part in asked])
+        return {"rsafe_error": None, "rsafe_held": None, **self._after_input(state, asked, verdicts)}
 
-    @hook_config(can_jump_to=["end"])
     async def abefore_agent(self, state: RSafeState, runtime: Runtime[Any]) -> dict[str, Any] | None:
         """Like `before_agent`, without blocking the event loop."""
-        asked = self._asked_of_input(state)
+        asked = self._asked_of_input(state, is_start=True)
         verdicts = await acheck_many(self.guard, [part.content for part in asked])
-        return self._after_input(state, asked, verdicts)
+        return {"rsafe_error": None, "rsafe_held": None, **self._after_input(state, asked, verdicts)}
 
-    def _asked_of_input(self, state: RSafeState) -> list[Part]:
+    def _asked_of_input(self, state: RSafeState, *, is_start: bool) -> list[Part]:
+        """At the start all from the last prompt on; and whatever message of the user nobody has judged."""
         messages = state["messages"]
-        return to_parts(messages, "prompt", self.guard.policy) if self.check_input and messages else []
+        if not self.check_input or not any(map(is_spoken, messages)):
+            return []
+        seen = state.get("rsafe_seen")
+        asked = to_parts(messages, "prompt", self.guard.policy) if is_start else []
+        if seen is None:
+            # What came before in the first conversation is shown with what is judged.
+            return asked
+        covered = {number for part in asked for number in part.messages}
+        fresh = [
+            number
+            for number, message in enumerate(messages)
+            if is_prompt(message)
+            and number not in covered
+            and seen.get(self._key(message)) != _digest(message)
+        ]
+        return [*(message_part(messages, number) for number in fresh), *asked]
+
+    def _key(self, message: BaseMessage) -> str:
+        """Several middlewares keep what each of them has seen in one state."""
+        return f"{self.name}/{message.id}"
 
     def _after_input(
         self, state: RSafeState, asked: Sequence[Part], verdicts: Sequence[Verdict]
-    ) -> dict[str, Any] | None:
-        update: dict[str, Any] = {"rsafe_held": None} if state.get("rsafe_held") else {}
+    ) -> dict[str, Any]:
+        """What becomes of what was judged. Nothing is raised and nobody is asked here: the messages must go first."""
+        messages = state["messages"]
+        seen = {self._key(message): _digest(message) for message in messages if is_prompt(message)}
+        update: dict[str, Any] = {"rsafe_seen": seen} if self.check_input else {}
         blocked = [part for part, verdict in zip(asked, verdicts, strict=True) if verdict.blocked]
         if not blocked:
-            return update or None
+            return update
         decides = worst(verdicts)
-        violation = self._report(asked[decides].kind, verdicts[decides])
-        messages = [state["messages"][index] for part in blocked for index in part.messages]
+        violation = _Violation(asked[decides].kind, verdicts[decides])
+        self._tell(violation)
+        gone = [messages[number] for part in blocked for number in part.messages]
+        placed = [self._in_place_of(message, violation) for message in gone]
+        update["rsafe_seen"] = {**seen, **{self._key(one): _digest(one) for one in placed}}
         if self.exit_behavior == "interrupt":
-            shown = "\n\n".join(text_shown(message) for message in messages)
-            if _is_approved(interrupt(_question(violation, shown))):
-                return update or None
+            shown = "\n\n".join(map(text_shown, gone))
+            held = {"messages": gone, "structured_response": None, "question": _question(violation, shown)}
+            return {**update, "messages": placed, "rsafe_held": {str(gone[0].id): held}}
         if self.exit_behavior == "replace":
-            return {**update, "messages": [self._in_place_of(message, violation) for message in messages]}
-        gone = [RemoveMessage(id=str(message.id)) for message in messages]
-        return {**update, "messages": [*gone, self._refusal(violation)], "jump_to": "end"}
+            return {**update, "messages": placed}
+        # A tool's result can't go without leaving its call unanswered.
+        prompts = [RemoveMessage(id=str(message.id)) for message in gone if is_prompt(message)]
+        others = [one for one, message in zip(placed, gone, strict=True) if not is_prompt(message)]
+        verdict = violation.verdict.model_dump(mode="json")
+        ending = {"by": self.name, "stage": violation.stage, "verdict": verdict}
+        return {**update, "messages": [*prompts, *others], "rsafe_error": ending}
 
     # The model's answers and tool calls.
 
@@ -208,7 +267,8 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
             return handler(request)
         response, failure = None, None
         try:
-            response = handler(_quiet(request))
+            with set_config_context(_quiet_config()) as context:
+                response = context.run(handler, _quiet(request))
         except _MISSHAPEN as error:
             failure = error
         asked = self._asked_of_reply(request, response, failure)
@@ -225,7 +285,11 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
             return await handler(request)
         response, failure = None, None
         try:
-            response = await handler(_quiet(request))
+            token = var_child_runnable_config.set(_quiet_config())
+            try:
+                response = await handler(_quiet(request))
+            finally:
+                var_child_runnable_config.reset(token)
         except _MISSHAPEN as error:
             failure = error
         asked = self._asked_of_reply(request, response, failure)
@@ -239,13 +303,10 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
         failure: _Misshapen | None,
     ) -> list[tuple[Part, ToolCall | None]]:
         """What of the answer is judged; a tool call with the part that stands for it."""
-        tools = {tool.name for tool in request.tools if isinstance(tool, BaseTool)}
+        structured = _structured_names(request.response_format)
         asked = []
         for reply in _replies(response, failure):
-            # What calls no tool of the agent is a structured answer.
-            calls = [
-                call for call in reply.tool_calls if request.response_format is None or call["name"] in tools
-            ]
+            calls = [call for call in reply.tool_calls if call["name"] not in structured]
             for part, call in reply_parts(request.messages, reply, calls):
                 if self.check_output if call is None else self.check_tool_calls:
                     asked.append((part, call))
@@ -267,10 +328,19 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
         decides = worst(verdicts)
         violation = self._report(asked[decides][0].kind, verdicts[decides])
         reply, *more = _replies(response, failure)
-        are_calls = all(call is not None for call in blocked)
-        if self.exit_behavior == "replace" and are_calls and not more:
-            ids = [call["id"] for call in blocked if call is not None]
-            return ModelResponse(result=[_without_arguments(reply, ids, violation)])
+        calls = [call for call in blocked if call is not None]
+        if (
+            self.exit_behavior == "replace"
+            and len(calls) == len(blocked)
+            and not more
+            and response is not None
+        ):
+            # Calls that have their answer are not run, whatever becomes of marks.
+            mark = self._mark(violation)
+            answers = [self._result(call["name"], str(call["id"]), mark) for call in calls]
+            kept = [message for message in response.result if isinstance(message, ToolMessage)]
+            bare = _without_arguments(reply, [call["id"] for call in calls], reply.text, mark)
+            return ModelResponse([bare, *kept, *answers], response.structured_response)
         if self.exit_behavior == "interrupt" and response is not None:
             # The refusal has its id, so that an approved answer takes its place.
             reply.id = reply.id or str(uuid4())
@@ -294,8 +364,11 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
             return {"rsafe_held": None, "jump_to": "end"}
         # An agent with a structured answer would ask its model again for what is missing.
         last = state["messages"][-1] if state["messages"] else None
-        is_refusal = isinstance(last, AIMessage) and not last.tool_calls and MARK in last.response_metadata
+        is_refusal = isinstance(last, AIMessage) and not last.tool_calls and self._is_mine(last)
         return {"jump_to": "end"} if is_refusal and self.exit_behavior != "error" else None
+
+    def _is_mine(self, message: BaseMessage) -> bool:
+        return bool(message.response_metadata.get(MARK, {}).get("by") == self.name)
 
     @hook_config(can_jump_to=["end"])
     async def aafter_model(self, state: RSafeState, runtime: Runtime[Any]) -> dict[str, Any] | None:
@@ -310,9 +383,19 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
         """Runs no blocked tool, and judges what a tool brings."""
         if refused := self._refused_call(request):
             return refused
-        result = handler(request)
+        failure = None
+        try:
+            result = handler(request)
+        except (GraphBubbleUp, RSafeError):
+            raise
+        except Exception as error:
+            # Whoever is around this may make a message of what a tool raises.
+            result, failure = _failed(request, error), error
+        result = _normalized(result)
         asked = self._asked_of_result(request, result)
-        return self._after_result(result, asked, check_many(self.guard, [part.content for part, _ in asked]))
+        verdicts = check_many(self.guard, [part.content for part, _ in asked])
+        judged: ToolMessage | Command[Any] = self._after_result(result, asked, verdicts, failure)
+        return judged
 
     async def awrap_tool_call(
         self,
@@ -322,10 +405,18 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
         """Like `wrap_tool_call`, without blocking the event loop."""
         if refused := self._refused_call(request):
             return refused
-        result = await handler(request)
+        failure = None
+        try:
+            result = await handler(request)
+        except (GraphBubbleUp, RSafeError):
+            raise
+        except Exception as error:
+            result, failure = _failed(request, error), error
+        result = _normalized(result)
         asked = self._asked_of_result(request, result)
         verdicts = await acheck_many(self.guard, [part.content for part, _ in asked])
-        return self._after_result(result, asked, verdicts)
+        judged: ToolMessage | Command[Any] = self._after_result(result, asked, verdicts, failure)
+        return judged
 
     def _refused_call(self, request: ToolCallRequest) -> ToolMessage | None:
         call = request.tool_call
@@ -337,91 +428,141 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
                 break
         return None
 
-    def _asked_of_result(
-        self, request: ToolCallRequest, result: ToolMessage | Command[Any]
-    ) -> list[tuple[Part, ToolMessage]]:
+    def _asked_of_result(self, request: ToolCallRequest, result: Any) -> list[tuple[Part, BaseMessage]]:
         if not self.check_tool_results:
             return []
         history = _messages(request.state)
-        return [(result_part(history, message), message) for message in _tool_messages(result)]
+        return [(result_part(history, message), message) for message in _brought(result)]
 
     def _after_result(
         self,
-        result: ToolMessage | Command[Any],
-        asked: Sequence[tuple[Part, ToolMessage]],
+        result: Any,
+        asked: Sequence[tuple[Part, BaseMessage]],
         verdicts: Sequence[Verdict],
-    ) -> ToolMessage | Command[Any]:
-        refused: dict[int, ToolMessage] = {}
+        failure: Exception | None,
+    ) -> Any:
+        refused: dict[int, BaseMessage] = {}
         held: dict[str, Any] = {}
         for (_, message), verdict in zip(asked, verdicts, strict=True):
             if verdict.blocked:
                 violation = self._report("tool_result", verdict)
+                message.id = message.id or str(uuid4())
                 if self.exit_behavior == "interrupt":
-                    message.id = message.id or str(uuid4())
                     question = _question(violation, text_shown(message))
                     held[message.id] = {
                         "messages": [message],
                         "structured_response": None,
                         "question": question,
                     }
-                mark = violation.mark
-                refused[id(message)] = self._result(message.name, message.tool_call_id, mark, message.id)
-        if not refused:
-            return result
-        if isinstance(result, ToolMessage):
-            message = refused[id(result)]
-            return Command(update={"messages": [message], "rsafe_held": held}) if held else message
-        update = dict(_update(result))
-        update["messages"] = [refused.get(id(message), message) for message in update["messages"]]
-        return replace(result, update={**update, "rsafe_held": held} if held else update)
+                refused[id(message)] = self._in_place_of(message, violation)
+        if refused:
+            return _put(result, refused, held)
+        if failure is not None:
+            raise failure
+        return result
 
     @hook_config(can_jump_to=["end"])
     def before_model(self, state: RSafeState, runtime: Runtime[Any]) -> dict[str, Any] | None:
-        """Ends the agent behind a tool's blocked result, or asks a person."""
-        update: dict[str, Any] = {}
-        if held := state.get("rsafe_held"):
-            # All are asked for, in the same order at each resumption.
-            approved = [_is_approved(interrupt(one["question"])) for one in held.values()]
-            update["rsafe_held"] = None
-            update["messages"] = [
-                message
-                for one, passes in zip(held.values(), approved, strict=True)
-                if passes
-                for message in one["messages"]
-            ]
-            if all(approved):
-                return update
-        elif self.exit_behavior != "end":
-            return None
-        blocked = _blocked_result(state["messages"])
-        if blocked is None:
-            return update or None
-        refusal = AIMessage(self.violation_message, response_metadata={MARK: blocked})
-        return {**update, "messages": [*update.get("messages", ()), refusal], "jump_to": "end"}
+        """Ends the agent behind what was blocked, asks a person, and judges messages that have come since it began."""
+        if (decided := self._decided(state)) is not None:
+            return decided
+        asked = self._asked_of_input(state, is_start=False)
+        return self._later(state, asked, check_many(self.guard, [part.content for part in asked]))
 
     @hook_config(can_jump_to=["end"])
     async def abefore_model(self, state: RSafeState, runtime: Runtime[Any]) -> dict[str, Any] | None:
-        """The same as `before_model`."""
-        return self.before_model(state, runtime)
+        """Like `before_model`, without blocking the event loop."""
+        if (decided := self._decided(state)) is not None:
+            return decided
+        asked = self._asked_of_input(state, is_start=False)
+        return self._later(state, asked, await acheck_many(self.guard, [part.content for part in asked]))
+
+    @hook_config(can_jump_to=["end"])
+    def after_agent(self, state: RSafeState, runtime: Runtime[Any]) -> dict[str, Any] | None:
+        """Asks a person about what is still held, such as the result of a tool that ends the agent."""
+        return self._decided(state) if state.get("rsafe_held") else None
+
+    @hook_config(can_jump_to=["end"])
+    async def aafter_agent(self, state: RSafeState, runtime: Runtime[Any]) -> dict[str, Any] | None:
+        """The same as `after_agent`."""
+        return self.after_agent(state, runtime)
+
+    def _later(
+        self, state: RSafeState, asked: Sequence[Part], verdicts: Sequence[Verdict]
+    ) -> dict[str, Any] | None:
+        if not asked:
+            return None
+        update = self._after_input(state, asked, verdicts)
+        decided = self._decided({**state, **update}) if "messages" in update else None  # type: ignore[typeddict-item]
+        if decided is None:
+            return update
+        return {**update, **decided, "messages": [*update["messages"], *decided.get("messages", ())]}
+
+    def _decided(self, state: RSafeState) -> dict[str, Any] | None:
+        """What a person or the exit behavior makes of what was blocked before; None where nothing was.
+
+        The guard is not asked here: after an interrupt this runs again.
+        """
+        if (error := state.get("rsafe_error")) and error["by"] == self.name:
+            violation = _Violation(error["stage"], Verdict.model_validate(error["verdict"]))
+            if self.exit_behavior == "error":
+                raise RSafeViolationError(violation.stage, violation.verdict)
+            return {"messages": [self._refusal(violation)], "jump_to": "end"}
+        if held := state.get("rsafe_held"):
+            return self._asked_for(held)
+        if self.exit_behavior != "end":
+            return None
+        blocked = next(filter(self._is_mine, _results_of_turn(state["messages"])), None)
+        if blocked is None:
+            return None
+        refusal = AIMessage(self.violation_message, response_metadata={MARK: blocked.response_metadata[MARK]})
+        return {"messages": [refusal], "jump_to": "end"}
+
+    def _asked_for(self, held: Mapping[str, Any]) -> dict[str, Any]:
+        """What becomes of what was held; a person is asked for each, in the same order at each resumption."""
+        messages: list[Any] = []
+        refused: list[Mapping[str, Any]] = []
+        for one in held.values():
+            if _is_approved(interrupt(one["question"])):
+                messages += one["messages"]
+                continue
+            refused.append(one)
+            messages += [RemoveMessage(id=str(old.id)) for old in one["messages"] if is_prompt(old)]
+        if not refused:
+            return {"messages": messages, "rsafe_held": None}
+        question = refused[0]["question"]
+        violation = _Violation(question["stage"], Verdict.model_validate(question["verdict"]))
+        return {"messages": [*messages, self._refusal(violation)], "rsafe_held": None, "jump_to": "end"}
 
     # What stands in the place of what was blocked.
 
     def _report(self, stage: ContentKind, verdict: Verdict) -> _Violation:
-        if self.on_violation is not None:
-            self.on_violation(stage, verdict)
+        violation = _Violation(stage, verdict)
+        self._tell(violation)
         if self.exit_behavior == "error":
             raise RSafeViolationError(stage, verdict)
-        return _Violation(stage, verdict)
+        return violation
+
+    def _tell(self, violation: _Violation) -> None:
+        if self.on_violation is not None:
+            self.on_violation(violation.stage, violation.verdict)
+
+    def _mark(self, violation: _Violation) -> dict[str, Any]:
+        return {**mark_of(violation.stage, violation.verdict), "by": self.name}
 
     def _refusal(self, violation: _Violation, identifier: str | None = None) -> AIMessage:
-        return AIMessage(self.violation_message, id=identifier, response_metadata={MARK: violation.mark})
+        return AIMessage(
+            self.violation_message, id=identifier, response_metadata={MARK: self._mark(violation)}
+        )
 
     def _in_place_of(self, message: BaseMessage, violation: _Violation) -> BaseMessage:
+        mark = self._mark(violation)
         if isinstance(message, ToolMessage):
-            return self._result(message.name, message.tool_call_id, violation.mark, message.id)
-        return type(message)(
-            content=self.violation_message, id=message.id, response_metadata={MARK: violation.mark}
-        )
+            return self._result(message.name, message.tool_call_id, mark, message.id)
+        if isinstance(message, AIMessage):
+            ids = [call["id"] for call in message.tool_calls]
+            return _without_arguments(message, ids, self.violation_message, {**mark, _IN_PLACE: True})
+        return HumanMessage(self.violation_message, id=message.id, response_metadata={MARK: mark})
 
     def _result(
         self, name: str | None, call: str, mark: Mapping[str, Any], identifier: str | None = None
@@ -448,6 +589,20 @@ def _quiet(request: ModelRequest[Any]) -> ModelRequest[Any]:
     return request.override(model=model.model_copy(update={"tags": tags}))
 
 
+def _quiet_config() -> RunnableConfig:
+    """The same for models that this one asks: a tag of its own isn't handed on to them."""
+    config = ensure_config()
+    return {**config, "tags": [*(config.get("tags") or ()), _NO_STREAM]}
+
+
+def _structured_names(response_format: Any) -> set[str]:
+    """The names of the tools that stand for a structured answer; whatever else is called may run."""
+    if response_format is None or isinstance(response_format, ProviderStrategy):
+        return set()
+    schema = getattr(response_format, "schema", response_format)
+    return {spec.name for spec in ToolStrategy(schema).schema_specs}
+
+
 def _replies(response: ModelResponse[Any] | None, failure: _Misshapen | None) -> list[AIMessage]:
     """The model's own messages; also of an answer that didn't have the wanted structure, which the error quotes."""
     if response is not None:
@@ -455,13 +610,14 @@ def _replies(response: ModelResponse[Any] | None, failure: _Misshapen | None) ->
     return [failure.ai_message] if failure is not None else []
 
 
-def _without_arguments(reply: AIMessage, ids: Sequence[str | None], violation: _Violation) -> AIMessage:
-    """The answer with nothing but names in the place of blocked calls; of its content only the text."""
-    calls = [{**call, "args": {}} if call["id"] in ids else call for call in reply.tool_calls]
-    mark = {**violation.mark, "blocked_calls": list(ids)}
-    return AIMessage(
-        reply.text, id=reply.id, name=reply.name, tool_calls=calls, response_metadata={MARK: mark}
-    )
+def _without_arguments(
+    message: AIMessage, ids: Sequence[str | None], text: str, mark: Mapping[str, Any]
+) -> AIMessage:
+    """A message of the model with nothing but names in the place of blocked calls, and this text for its content."""
+    calls = [{**call, "args": {}} if call["id"] in ids else call for call in message.tool_calls]
+    before = message.response_metadata.get(MARK, {}).get("blocked_calls", ())
+    metadata = {MARK: {**mark, "blocked_calls": [*before, *ids]}}
+    return AIMessage(text, id=message.id, name=message.name, tool_calls=calls, response_metadata=metadata)
 
 
 def _question(violation: _Violation, content: str) -> dict[str, Any]:
@@ -474,11 +630,19 @@ def _is_approved(decision: Any) -> bool:
     return (decision.get("type") if isinstance(decision, Mapping) else decision) == "approve"
 
 
-def _blocked_result(messages: Sequence[BaseMessage]) -> Mapping[str, Any] | None:
-    """The mark of a blocked result of the last turn; None where there is none."""
-    results = takewhile(lambda message: isinstance(message, ToolMessage), reversed(messages))
-    marks = (message.response_metadata.get(MARK) for message in results)
-    return next(filter(None, marks), None)
+def _results_of_turn(messages: Sequence[BaseMessage]) -> list[BaseMessage]:
+    """What tools have brought since the model's last answer."""
+
+    def is_brought(message: BaseMessage) -> bool:
+        # A tool may bring a message of the model, too, in whose place one of ours stands then.
+        return not isinstance(message, AIMessage) or _IN_PLACE in message.response_metadata.get(MARK, {})
+
+    return list(takewhile(is_brought, reversed(messages)))
+
+
+def _digest(message: BaseMessage) -> str:
+    said = repr((message.content, message.additional_kwargs))
+    return blake2b(said.encode("utf-8", "replace"), digest_size=16).hexdigest()
 
 
 def _messages(state: Any) -> list[AnyMessage]:
@@ -486,19 +650,45 @@ def _messages(state: Any) -> list[AnyMessage]:
     return list(messages)
 
 
-def _update(command: Command[Any]) -> Mapping[str, Any]:
-    """What a tool's command changes in the agent's state."""
-    update = command.update
-    if update is None:
-        return {}
-    if not isinstance(update, Mapping):
+def _failed(request: ToolCallRequest, error: Exception) -> ToolMessage:
+    """What a tool raised, as its result."""
+    call = request.tool_call
+    return ToolMessage(str(error), name=call["name"], tool_call_id=str(call["id"]), status="error")
+
+
+def _normalized(result: Any) -> Any:
+    """A tool's result with messages as objects, wherever it has them."""
+    if isinstance(result, list):
+        return [_normalized(one) for one in result]
+    if not isinstance(result, Command) or result.update is None:
+        return result
+    if not isinstance(result.update, Mapping):
         raise TypeError(
             "RSafeMiddleware judges the messages in a tool's Command, whose update must be a mapping, "
-            f"not {type(update).__name__}."
+            f"not {type(result.update).__name__}."
         )
-    return update
+    messages = result.update.get("messages")
+    if messages is None:
+        return result
+    given = messages if isinstance(messages, list | tuple) else [messages]
+    return replace(result, update={**result.update, "messages": convert_to_messages(given)})
 
 
-def _tool_messages(result: ToolMessage | Command[Any]) -> list[ToolMessage]:
-    messages = [result] if isinstance(result, ToolMessage) else _update(result).get("messages", ())
-    return [message for message in messages if isinstance(message, ToolMessage)]
+def _brought(result: Any) -> list[BaseMessage]:
+    """The messages in a tool's result, whatever their type."""
+    if isinstance(result, list):
+        return [message for one in result for message in _brought(one)]
+    messages = (result.update or {}).get("messages", ()) if isinstance(result, Command) else [result]
+    return [message for message in messages if not isinstance(message, RemoveMessage)]
+
+
+def _put(result: Any, refused: Mapping[int, BaseMessage], held: Mapping[str, Any]) -> Any:
+    """The result with refusals in their places, and with what a person is to be asked about."""
+    if isinstance(result, list):
+        return [_put(one, refused, held if number == 0 else {}) for number, one in enumerate(result)]
+    if isinstance(result, ToolMessage):
+        message = refused.get(id(result), result)
+        return Command(update={"messages": [message], "rsafe_held": held}) if held else message
+    update = dict(result.update or {})
+    update["messages"] = [refused.get(id(message), message) for message in update.get("messages", ())]
+    return replace(result, update={**update, "rsafe_held": held} if held else update)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from rsafe_plugins.guard.content import Turn
 from rsafe_plugins.guard.texts import Part, parts, text_of
 from rsafe_plugins.guard.violation import REFUSAL
 from rsafe_plugins.llama_index.judging import (
+    DEVELOPERS,
     EngineExitBehavior,
     Judge,
     OnViolation,
@@ -65,10 +67,8 @@ class RSafeFunctionAgent(FunctionAgent):
     violation_message: str = REFUSAL
 
     _judge: Judge = PrivateAttr()
-    # Results that were judged already, by where they are: each of them is still there.
-    _seen: weakref.WeakValueDictionary[int, ToolOutput] = PrivateAttr(
-        default_factory=weakref.WeakValueDictionary
-    )
+    # Results that were judged already, by where they are: the object, and what it said then.
+    _seen: dict[int, tuple[weakref.ref[ToolOutput], bytes]] = PrivateAttr(default_factory=dict)
 
     def __init__(
         self,
@@ -94,6 +94,12 @@ class RSafeFunctionAgent(FunctionAgent):
             on_violation=on_violation,
             stream_window=None,
         )
+        self._judge.need(
+            check_input="prompt" if self.check_input else None,
+            check_output="response" if self.check_output else None,
+            check_tool_calls="tool_call" if self.check_tool_calls else None,
+            check_tool_results="tool_result" if self.check_tool_results else None,
+        )
 
     @property
     def guard(self) -> Guard:
@@ -108,25 +114,51 @@ class RSafeFunctionAgent(FunctionAgent):
         memory: BaseMemory,
     ) -> AgentOutput:
         """One step of the agent: the user's messages, if it is the first, and the model's answer are judged."""
-        scratchpad = await ctx.store.get(self.scratchpad_key, default=[])
-        if not scratchpad and self.check_input and await self._is_input_blocked(llm_input, memory):
-            return await self._refusal(ctx, [])
-        output = await super().take_step(ctx, llm_input, tools, memory)
-        asked = self._asked_of_output(output, turns_of([*llm_input, *scratchpad]))
-        if await self._judge.acheck(asked):
-            return await self._refusal(ctx, scratchpad)
-        return output
+        await self._refuse_early_answers(ctx)
+        # What a run that broke off has left there belongs to no conversation.
+        is_first = await ctx.store.get("num_iterations", default=None) == 0
+        before = [] if is_first else [*await ctx.store.get(self.scratchpad_key, default=[])]
+        await ctx.store.set(self.scratchpad_key, [*before])
+        try:
+            if is_first and self.check_input and await self._is_input_blocked(llm_input, memory):
+                return await self._refusal(ctx, before)
+            output = await super().take_step(ctx, llm_input, tools, memory)
+            blocked = await self._judge.acheck(self._asked_of_output(output, turns_of([*llm_input, *before])))
+        except BaseException:
+            await ctx.store.set(self.scratchpad_key, before)
+            raise
+        return await self._refusal(ctx, before) if blocked else output
+
+    async def _refuse_early_answers(self, ctx: AgentContext) -> None:
+        # An `AgentWorkflow` asks the model by itself then, and nobody judges what it says.
+        in_workflow = bool(await ctx.store.get("agents", default=None))
+        if in_workflow and await ctx.store.get("early_stopping_method", default="force") == "generate":
+            raise SettingsError(
+                "RSafeFunctionAgent can't judge what an AgentWorkflow generates when it stops early: leave "
+                "early_stopping_method at force there."
+            )
 
     async def _is_input_blocked(self, llm_input: Sequence[ChatMessage], memory: BaseMemory) -> bool:
         """Whether what the user says is blocked; then the agent forgets it."""
         conversation = said_of(llm_input)
         asked = parts(conversation, self.guard.policy) if conversation else []
-        if await self._judge.acheck(asked) is None:
-            return False
-        first = min(number for one in asked for number in one.messages)
+        try:
+            blocked = await self._judge.acheck(asked) is not None
+        except BaseException:
+            await self._forget(llm_input, asked, memory)
+            raise
+        if blocked:
+            await self._forget(llm_input, asked, memory)
+        return blocked
+
+    async def _forget(
+        self, llm_input: Sequence[ChatMessage], asked: Sequence[Part], memory: BaseMemory
+    ) -> None:
+        """Takes all from the first judged message on out of the memory."""
+        spoken = [n for n, message in enumerate(llm_input) if message.role not in DEVELOPERS]
+        first = spoken[min(number for one in asked for number in one.messages)]
         remembered = await memory.aget_all()
-        await memory.aset(remembered[: max(0, len(remembered) - len(conversation) + first)])
-        return True
+        await memory.aset(remembered[: max(0, len(remembered) - (len(llm_input) - first))])
 
     def _asked_of_output(self, output: AgentOutput, history: tuple[Turn, ...]) -> list[Part]:
         asked = asked_of_message("response", output.response, history) if self.check_output else []
@@ -157,30 +189,43 @@ class RSafeFunctionAgent(FunctionAgent):
     async def _call_tool(self, ctx: Context, tool: AsyncBaseTool, tool_input: dict[str, Any]) -> ToolOutput:
         """Runs a tool, and judges its result before it becomes an event."""
         output = await super()._call_tool(ctx, tool, tool_input)
-        return (await self._judged_results([output]))[0] if self.check_tool_results else output
+        is_answer = tool.metadata.return_direct and self.check_output
+        return (await self._judged_results([output]))[0] if self.check_tool_results or is_answer else output
 
     async def handle_tool_call_results(
         self, ctx: Context, results: list[ToolCallResult], memory: BaseMemory
     ) -> None:
         """Takes the results of one turn; those that an `AgentWorkflow` has brought are judged as one batch."""
-        if self.check_tool_results:
-            judged = await self._judged_results([result.tool_output for result in results])
-            for result, output in zip(results, judged, strict=True):
-                result.tool_output = output
+        mine = [
+            result
+            for result in results
+            if self.check_tool_results or (result.return_direct and self.check_output)
+        ]
+        judged = await self._judged_results([result.tool_output for result in mine])
+        for result, output in zip(mine, judged, strict=True):
+            result.tool_output = output
         await super().handle_tool_call_results(ctx, results, memory)
 
     async def _judged_results(self, outputs: list[ToolOutput]) -> list[ToolOutput]:
-        fresh = [output for output in outputs if self._seen.get(id(output)) is not output]
+        fresh = [output for output in outputs if not self._was_judged(output)]
+        asked = [(output, one) for output in fresh for one in _asked_of_result(output)]
         refused: dict[int, ToolOutput] = {}
-        asked = [_asked_of_result(output) for output in fresh]
-        if violation := await self._judge.acheck(asked):
-            blocked = [
-                output for output, is_blocked in zip(fresh, violation.blocked, strict=True) if is_blocked
-            ]
-            refused = {id(output): self._refused_result(output) for output in blocked}
+        if violation := await self._judge.acheck([one for _, one in asked]):
+            for (output, _), is_blocked in zip(asked, violation.blocked, strict=True):
+                if is_blocked:
+                    refused[id(output)] = self._refused_result(output)
         judged = [refused.get(id(output), output) for output in outputs]
-        self._seen.update((id(output), output) for output in judged)
+        for output in judged:
+            self._remember(output)
         return judged
+
+    def _was_judged(self, output: ToolOutput) -> bool:
+        known = self._seen.get(id(output))
+        return known is not None and known[0]() is output and known[1] == _digest(output)
+
+    def _remember(self, output: ToolOutput) -> None:
+        key = id(output)
+        self._seen[key] = (weakref.ref(output, lambda _: self._seen.pop(key, None)), _digest(output))
 
     def _refused_result(self, output: ToolOutput) -> ToolOutput:
         return ToolOutput(
@@ -192,6 +237,16 @@ class RSafeFunctionAgent(FunctionAgent):
         )
 
 
-def _asked_of_result(output: ToolOutput) -> Part:
+def _asked_of_result(output: ToolOutput) -> list[Part]:
+    """What a tool says, and the nodes that it says it from: they go with it to whoever reads the events."""
     said = text_of(blocks_of(output.blocks))
-    return Part("tool_result", said.unreadable or Content("tool_result", said.text, output.tool_name), ())
+    content = said.unreadable or Content("tool_result", said.text, output.tool_name)
+    nodes = getattr(output.raw_output, "source_nodes", None) or []
+    texts = (node.get_content(metadata_mode="all") for node in nodes)
+    found = [Content("tool_result", text, output.tool_name) for text in texts if text not in said.text]
+    return [Part("tool_result", one, ()) for one in (content, *found)]
+
+
+def _digest(output: ToolOutput) -> bytes:
+    said = repr((output.blocks, [one.content for one in _asked_of_result(output)]))
+    return hashlib.blake2b(said.encode("utf-8", "replace")).digest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 from llama_index.core.llms import ChatMessage, MessageRole
 from llama_index.core.schema import NodeWithScore
 
-from rsafe_plugins.errors import SettingsError, UnreadableContent
+from rsafe_plugins.errors import PolicyError, SettingsError, UnreadableContent
 from rsafe_plugins.guard import Content, Guard, GuardSettings, Verdict
 from rsafe_plugins.guard.content import Turn
 from rsafe_plugins.guard.streams import Windows, check_window
@@ -22,9 +23,12 @@ EngineExitBehavior = Literal["replace", "error"]
 OnViolation = Callable[[ContentKind, Verdict], None]
 
 _CALLS = ("tool_calls", "tool_call_id")
+# Opaque bytes by which providers know their own thoughts again.
+_SIGNATURES = frozenset({"signature", "thought_signature", "thought_signatures"})
+DEVELOPERS = (MessageRole.SYSTEM, MessageRole.DEVELOPER)
+"""The roles that speak for the developer, and aren't judged."""
 _KINDS: Mapping[MessageRole, ContentKind | None] = {
-    MessageRole.SYSTEM: None,
-    MessageRole.DEVELOPER: None,
+    **dict.fromkeys(DEVELOPERS),
     MessageRole.USER: "prompt",
     MessageRole.TOOL: "tool_result",
     MessageRole.FUNCTION: "tool_result",
@@ -86,6 +90,23 @@ class Judge:
         self._raises = exit_behavior == "error"
         self._on_violation = on_violation
         self._window = stream_window
+
+    def need(self, **checks: ContentKind | None) -> None:
+        """Refuses checks that the policy has no category for, by the names of their arguments; None is one that is off.
+
+        Raises:
+            SettingsError: There is one.
+        """
+        for name, kind in checks.items():
+            if kind is None:
+                continue
+            try:
+                self.guard.policy.for_kind(kind)
+            except PolicyError:
+                raise SettingsError(
+                    f"The policy {self.guard.policy.name!r} has no category that applies to a {kind}: set "
+                    f"{name}=False, or choose another policy."
+                ) from None
 
     def check(self, asked: Sequence[Part]) -> Violation | None:
         """What of it is blocked, judged as one engine batch; None where nothing is.
@@ -196,8 +217,11 @@ def said_of(messages: Sequence[ChatMessage]) -> list[Said]:
 
 
 def asked_of_message(kind: ContentKind, message: ChatMessage, history: tuple[Turn, ...]) -> list[Part]:
-    """A message as a content of this kind, if it says anything; and why it can't be judged, if it isn't all text."""
-    said = _text(message)
+    """A message as a content of this kind, if it says anything; and why it can't be judged, if it isn't all text.
+
+    Its tool calls are left out: they are judged by themselves.
+    """
+    said = _text(message, with_calls=False)
     contents: list[Content | UnreadableContent | None] = [
         Content(kind, said.text, history=history) if said.text.strip() else None,
         said.unreadable,
@@ -205,30 +229,43 @@ def asked_of_message(kind: ContentKind, message: ChatMessage, history: tuple[Tur
     return [Part(kind, content, ()) for content in contents if content is not None]
 
 
-def _text(message: ChatMessage) -> Text:
-    blocks = blocks_of(message.blocks)
-    # Tool calls are judged as such; providers leave reasoning and refusals here, too.
-    more = {key: value for key, value in message.additional_kwargs.items() if key not in _CALLS}
-    return text_of([*blocks, more])
+def _text(message: ChatMessage, *, with_calls: bool = True) -> Text:
+    # Providers leave reasoning, refusals and older forms of tool calls beside the blocks.
+    left_out = _SIGNATURES if with_calls else _SIGNATURES | set(_CALLS)
+    more = {key: value for key, value in message.additional_kwargs.items() if key not in left_out}
+    more.pop("tool_call_id", None)
+    if "tool_calls" in more:
+        more["tool_calls"] = json.dumps(more["tool_calls"], ensure_ascii=False, default=str)
+    return text_of([*blocks_of(message.blocks, with_calls=with_calls), more])
 
 
-def blocks_of(blocks: Sequence[Any]) -> list[Any]:
+def blocks_of(blocks: Sequence[Any], *, with_calls: bool = True) -> list[Any]:
     """Blocks in the form that `text_of` takes."""
-    return [_block(block) for block in blocks]
+    return [_block(block, with_calls) for block in blocks]
 
 
-def _block(block: Any) -> Any:
+def _block(block: Any, with_calls: bool) -> Any:
     kind = str(getattr(block, "block_type", type(block).__name__))
     match kind:
         case "text":
             return block.text
-        case "tool_call" | "cache":
+        case "cache":
             return ""
+        case "tool_call":
+            return f"{block.tool_name}({_json(block.tool_kwargs)})" if with_calls else ""
         case "thinking":
-            return {"type": kind, "thinking": block.content or "", **block.additional_information}
+            info = {
+                key: value for key, value in block.additional_information.items() if key not in _SIGNATURES
+            }
+            return {**info, "type": kind, "thinking": block.content or ""}
         case "citable" | "citation":
             nested = block.content if kind == "citable" else [block.cited_content]
-            return [str(block.title or ""), str(block.source or ""), *map(_block, nested)]
+            named = [str(block.title or ""), str(block.source or "")]
+            return [*named, *(_block(one, with_calls) for one in nested)]
         case "image" | "audio" | "video":
             return {"type": kind, "url": kind}
     return {"type": "file", "file_id": kind}
+
+
+def _json(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

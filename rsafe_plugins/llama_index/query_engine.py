@@ -81,6 +81,11 @@ class RSafeQueryEngine(BaseQueryEngine):
             on_violation=on_violation,
             stream_window=stream_window,
         )
+        self._judge.need(
+            check_query="prompt" if check_query else None,
+            check_nodes="document" if check_nodes else None,
+            check_response="response" if check_response else None,
+        )
 
     @property
     def guard(self) -> Guard:
@@ -103,6 +108,8 @@ class RSafeQueryEngine(BaseQueryEngine):
         additional_source_nodes: Sequence[NodeWithScore] | None = None,
     ) -> RESPONSE_TYPE:
         """The engine's answer from these nodes, judged as `query` does."""
+        if violation := self._judge.check(self._asked_of_query(query_bundle)):
+            return self._refusal(violation)
         response = self.query_engine.synthesize(query_bundle, nodes, additional_source_nodes)
         return self._judged(query_bundle, response)
 
@@ -113,6 +120,8 @@ class RSafeQueryEngine(BaseQueryEngine):
         additional_source_nodes: Sequence[NodeWithScore] | None = None,
     ) -> RESPONSE_TYPE:
         """Like `synthesize`, without blocking the event loop."""
+        if violation := await self._judge.acheck(self._asked_of_query(query_bundle)):
+            return self._refusal(violation)
         response = await self.query_engine.asynthesize(query_bundle, nodes, additional_source_nodes)
         return await self._ajudged(query_bundle, response)
 
@@ -158,11 +167,11 @@ class RSafeQueryEngine(BaseQueryEngine):
         return response
 
     def _gated(self, query: QueryBundle, response: StreamingResponse) -> StreamingResponse:
-        chunks = self._judge.gate(_answer_to(query)).passed(iter(response.response_gen))
+        chunks = self._judge.gate(_answer_to(query)).passed(_said(response))
         return StreamingResponse(chunks, response.source_nodes, response.metadata)  # type: ignore[arg-type]
 
     def _agated(self, query: QueryBundle, response: AsyncStreamingResponse) -> AsyncStreamingResponse:
-        chunks = self._judge.gate(_answer_to(query)).apassed(response.response_gen)
+        chunks = self._judge.gate(_answer_to(query)).apassed(response.async_response_gen())
         return AsyncStreamingResponse(chunks, response.source_nodes, response.metadata)  # type: ignore[arg-type]
 
     def _kept(self, nodes: Sequence[NodeWithScore], violation: Violation | None) -> list[NodeWithScore]:
@@ -182,7 +191,29 @@ class RSafeQueryEngine(BaseQueryEngine):
             return StreamingResponse(_only(text), nodes, metadata)  # type: ignore[arg-type]
         if isinstance(response, AsyncStreamingResponse):
             return AsyncStreamingResponse(_aonly(text), nodes, metadata)  # type: ignore[arg-type]
-        return Response(text, nodes, metadata)
+        return _Refusal(text, nodes, metadata)
+
+
+class _Refusal(Response):
+    """A refusal that can be read as a stream, too: of a blocked question it isn't known what was expected."""
+
+    @property
+    def response_gen(self) -> Iterator[str]:
+        """The refusal."""
+        return _only(str(self.response))
+
+    def async_response_gen(self) -> AsyncIterator[str]:
+        """The refusal."""
+        return _aonly(str(self.response))
+
+    def print_response_stream(self) -> None:
+        """Prints the refusal."""
+        print(self.response)
+
+
+def _said(response: StreamingResponse) -> Iterator[str]:
+    """A stream's chunks, also where somebody has read them already."""
+    return iter(response.response_gen) if response.response_txt is None else _only(response.response_txt)
 
 
 def _answer_to(query: QueryBundle) -> Callable[[str], Part]:

@@ -156,3 +156,27 @@ async def test_a_call_that_hangs_times_out_for_each() -> None:
     verdicts = await asyncio.gather(*(guard.acheck(f"hello {number}") for number in range(20)))
     assert all(verdict.blocked and "0.2 s" in str(verdict.error) for verdict in verdicts)
     assert dropped.is_set()
+
+
+async def test_a_departure_that_somebody_cancels_does_not_strand_those_who_come_later() -> None:
+    async def send(requests: Sequence[Request]) -> list[Completion]:
+        return [Completion(text="done") for _ in requests]
+
+    joiner = Joiner(send)
+    first = asyncio.create_task(joiner.complete(Request(messages=()), 1))
+    await asyncio.sleep(0)
+    (group,) = joiner._groups.values()
+    assert group.departure is not None
+    group.departure.cancel()
+    await asyncio.sleep(0)
+    assert await joiner.complete(Request(messages=()), 2) == Completion(text="done")
+    assert await first == Completion(text="done")
+
+
+async def test_a_call_holds_no_more_than_the_engine_works_on_at_once() -> None:
+    backend = ScriptedBackend(SAFE)
+    backend.concurrency = 4
+    guard = Guard(backend=backend)
+    await asyncio.gather(*(guard.acheck(f"hello {number}") for number in range(20)))
+    assert len(backend.requests) == 20
+    assert max(map(len, backend.calls)) <= 4

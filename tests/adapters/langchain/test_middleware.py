@@ -10,9 +10,16 @@ from typing import Any
 
 import pytest
 from langchain.agents import create_agent
-from langchain.agents.middleware import AgentMiddleware, ModelFallbackMiddleware
+from langchain.agents.middleware import (
+    AgentMiddleware,
+    HumanInTheLoopMiddleware,
+    ModelFallbackMiddleware,
+    ToolRetryMiddleware,
+)
 from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
-from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, ToolMessage
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
@@ -631,3 +638,220 @@ async def test_a_model_whose_tokens_cannot_be_kept_out_of_streams_is_refused() -
 
 def test_unsafe_is_unsafe() -> None:
     assert texts(agent_of(said(ANSWER), backend=ScriptedBackend(UNSAFE)).invoke(QUESTION)) == [REFUSAL]
+
+
+# What a person decided counts, and what comes on other ways is judged too
+
+
+async def test_a_rejected_prompt_stays_rejected_whatever_the_guard_says_by_then() -> None:
+    down = [True]
+    backend = ScriptedBackend(lambda request: BackendError("down") if down[0] else SAFE)
+    options = {"checkpointer": InMemorySaver()}
+    agent = agent_of(said(ANSWER), backend=backend, exit_behavior="interrupt", options=options)
+    assert waiting(await run(agent, config=CONFIG))["verdict"]["label"] is None
+    down[0] = False
+    state = await run(agent, Command(resume="reject"), config=CONFIG)
+    assert texts(state) == [REFUSAL]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "tool", "content": BAD, "tool_call_id": "call-1"}],
+        [ToolMessage("ok", tool_call_id="call-1"), HumanMessage(BAD)],
+        [ToolMessage("ok", tool_call_id="call-1"), AIMessage(BAD)],
+        [ToolMessage(BAD, tool_call_id="call-1"), HumanMessage("note")],
+    ],
+    ids=["mapping", "human", "ai", "before another"],
+)
+async def test_whatever_message_a_tool_adds_is_judged(messages: list[Any]) -> None:
+    @tool
+    def lookup(text: str) -> Any:
+        """Looks something up."""
+        return Command(update={"messages": messages})
+
+    model = Model(replies=[said("", call("lookup", text="sea")), said(ANSWER)])
+    agent = create_agent(model, tools=[lookup], middleware=[RSafeMiddleware({"backend": guard_backend()})])
+    state = await run(agent)
+    assert texts(state)[-1] == REFUSAL
+    assert not holds(CANARY, state, model.asked)
+
+
+@both_ways
+async def test_a_list_of_results_is_judged(how: str) -> None:
+    @tool
+    def lookup(text: str) -> Any:
+        """Looks something up."""
+        return [Command(update={"messages": []}), ToolMessage(text, tool_call_id="call-1")]
+
+    for word, answer in ((CANARY, REFUSAL), ("sea", "sea")):
+        replies = (said("", call("lookup", text=word)), said(ANSWER))
+        agent = agent_of(*replies, tools=[lookup], check_tool_calls=False, exit_behavior="replace")
+        assert texts(await run(agent, how=how))[2:] == [answer, ANSWER]
+
+
+class Narrow(AgentMiddleware[Any, Any, Any]):
+    """Shows the model fewer tools than may run."""
+
+    async def awrap_model_call(self, request: Any, handler: Any) -> Any:
+        return await handler(request.override(tools=[]))
+
+
+async def test_a_tool_that_the_model_was_not_shown_is_no_structured_answer() -> None:
+    lookup, runs = counting_tool()
+    replies = (said("", call("lookup", text=BAD)), said("", call("Weather", report=ANSWER)))
+    options = {"response_format": ToolStrategy(Weather)}
+    agent = agent_of(*replies, tools=[lookup], middleware=[Narrow()], options=options, check_output=False)
+    state = await run(agent)
+    assert runs == []
+    assert texts(state)[-1] == REFUSAL
+
+
+async def test_calls_that_two_middlewares_block_are_both_not_run() -> None:
+    lookup, runs = counting_tool()
+    first = RSafeMiddleware({"backend": guard_backend("xyxy")}, exit_behavior="replace")
+    second = RSafeMiddleware(
+        {"backend": guard_backend("zwzw"), "policy": "mlcommons"}, exit_behavior="replace"
+    )
+    calls = said(
+        "", call("lookup", 1, text="xyxy"), call("lookup", 2, text="zwzw"), call("lookup", 3, text="fine")
+    )
+    agent = create_agent(Model(replies=[calls, said(ANSWER)]), tools=[lookup], middleware=[first, second])
+    state = await run(agent)
+    assert runs == ["fine"]
+    assert_no_call_dangles(state)
+    assert not holds("xyxy", state)
+    assert not holds("zwzw", state)
+
+
+async def test_a_structured_answer_beside_a_blocked_call_is_kept() -> None:
+    lookup, runs = counting_tool()
+    reply = said("", call("Weather", 1, report="calm"), call("lookup", 2, text=BAD))
+    options = {"response_format": ToolStrategy(Weather)}
+    agent = agent_of(reply, tools=[lookup], exit_behavior="replace", options=options)
+    state = await run(agent)
+    assert state["structured_response"] == Weather(report="calm")
+    assert runs == []
+    assert_no_call_dangles(state)
+
+
+async def test_one_middleware_does_not_end_what_another_replaced() -> None:
+    lookup, _ = counting_tool(lambda text: BAD)
+    mild = RSafeMiddleware({"backend": guard_backend()}, exit_behavior="replace")
+    strict = RSafeMiddleware({"backend": ScriptedBackend(SAFE), "policy": "mlcommons"})
+    model = Model(replies=[said("", call("lookup", text="sea")), said(ANSWER)])
+    state = await run(create_agent(model, tools=[lookup], middleware=[strict, mild]))
+    assert texts(state)[2:] == [REFUSAL, ANSWER]
+
+
+@both_ways
+async def test_what_a_tool_raises_is_judged(how: str) -> None:
+    def fails(text: str) -> str:
+        raise ValueError(BAD)
+
+    lookup, _ = counting_tool(fails)
+    model = Model(replies=[said("", call("lookup", text="sea")), said(ANSWER)])
+    retry = ToolRetryMiddleware(max_retries=0, on_failure="continue")
+    mine = RSafeMiddleware({"backend": guard_backend()}, exit_behavior="replace")
+    saver = InMemorySaver()
+    agent = create_agent(model, tools=[lookup], middleware=[retry, mine], checkpointer=saver)
+    state = await run(agent, how=how, config=CONFIG)
+    assert texts(state)[2:] == [REFUSAL, ANSWER]
+    assert not holds(CANARY, model.asked, state, saver)
+
+
+@both_ways
+async def test_what_a_tool_raises_is_raised_if_it_is_safe(how: str) -> None:
+    def fails(text: str) -> str:
+        raise ValueError("no such place")
+
+    agent = agent_of(said("", call("lookup", text="sea")), tools=[counting_tool(fails)[0]])
+    with pytest.raises(ValueError, match="no such place"):
+        await run(agent, how=how)
+
+
+async def test_a_message_that_is_changed_later_is_judged() -> None:
+    model = Model(replies=[said(ANSWER)])
+    mine = RSafeMiddleware({"backend": guard_backend()})
+    agent = create_agent(model, middleware=[mine], checkpointer=InMemorySaver())
+    await agent.ainvoke({"messages": [HumanMessage("hi", id="h1")]}, CONFIG)
+    model.asked.clear()
+    state = await agent.ainvoke(
+        {"messages": [HumanMessage(BAD, id="h1"), HumanMessage("again please")]}, CONFIG
+    )
+    assert texts(state)[-1] == REFUSAL
+    assert not holds(CANARY, model.asked, state)
+
+
+async def test_a_message_that_comes_with_a_persons_decision_is_judged() -> None:
+    lookup, _ = counting_tool()
+    model = Model(replies=[said("", call("lookup", text="sea")), said(ANSWER)])
+    person = HumanInTheLoopMiddleware(interrupt_on={"lookup": True})
+    mine = RSafeMiddleware({"backend": guard_backend()})
+    agent = create_agent(model, tools=[lookup], middleware=[person, mine], checkpointer=InMemorySaver())
+    await agent.ainvoke(QUESTION, CONFIG)
+    model.asked.clear()
+    decision = Command(resume={"decisions": [{"type": "approve"}]}, update={"messages": [HumanMessage(BAD)]})
+    state = await agent.ainvoke(decision, CONFIG)
+    assert texts(state)[-1] == REFUSAL
+    assert not holds(CANARY, model.asked)
+
+
+async def test_an_input_of_system_messages_alone_asks_nothing() -> None:
+    backend = ScriptedBackend(SAFE)
+    state = await run(agent_of(said(ANSWER), backend=backend), {"messages": [SystemMessage("Be brief.")]})
+    assert texts(state)[-1] == ANSWER
+    assert len(backend.requests) == 1
+
+
+async def test_a_model_behind_the_model_is_quiet_too() -> None:
+    inner = Model(replies=[said(BAD)])
+
+    class Router(BaseChatModel):
+        @property
+        def _llm_type(self) -> str:
+            return "router"
+
+        def _generate(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
+            return ChatResult(generations=[ChatGeneration(message=inner.invoke(messages))])
+
+        async def _agenerate(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
+            return ChatResult(generations=[ChatGeneration(message=await inner.ainvoke(messages))])
+
+    agent = create_agent(Router(), middleware=[RSafeMiddleware({"backend": guard_backend()})])
+    seen = [event async for event in agent.astream(QUESTION, stream_mode="messages")]
+    seen += list(agent.stream(QUESTION, stream_mode="messages"))
+    assert not holds("recipe", seen)
+
+
+@pytest.mark.parametrize(("decision", "last"), [("approve", BAD), ("reject", REFUSAL)])
+async def test_a_person_is_asked_about_a_direct_result(decision: str, last: str) -> None:
+    @tool(return_direct=True)
+    def lookup(text: str) -> str:
+        """Looks something up."""
+        return BAD
+
+    replies = (said("", call("lookup", text="sea")), said(ANSWER))
+    options = {"checkpointer": InMemorySaver()}
+    agent = agent_of(*replies, tools=[lookup], exit_behavior="interrupt", options=options)
+    assert waiting(await run(agent, config=CONFIG))["stage"] == "tool_result"
+    assert texts(await run(agent, Command(resume=decision), config=CONFIG))[-1] == last
+    saved = await agent.aget_state(CONFIG)
+    assert not saved.values.get("rsafe_held")
+
+
+async def test_a_thread_goes_on_after_an_error() -> None:
+    options = {"checkpointer": InMemorySaver()}
+    agent = agent_of(said(ANSWER), exit_behavior="error", options=options)
+    with pytest.raises(RSafeViolationError):
+        await run(agent, {"messages": [HumanMessage(BAD)]}, config=CONFIG)
+    assert not holds(CANARY, (await agent.aget_state(CONFIG)).values)
+    assert texts(await run(agent, config=CONFIG))[-1] == ANSWER
+
+
+async def test_a_blocked_result_in_the_input_leaves_no_call_unanswered() -> None:
+    given = [HumanMessage("Hi."), said("", call("lookup", text="x")), ToolMessage(BAD, tool_call_id="call-1")]
+    state = await run(agent_of(said(ANSWER)), {"messages": given})
+    assert texts(state)[-1] == REFUSAL
+    assert not holds(CANARY, state)
+    assert_no_call_dangles(state)

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 from llama_index.core.agent.workflow import AgentWorkflow, FunctionAgent
+from llama_index.core.base.llms.types import TextBlock, ThinkingBlock
 from llama_index.core.llms import ChatMessage
 from llama_index.core.memory import ChatMemoryBuffer
-from llama_index.core.tools import FunctionTool
+from llama_index.core.tools import FunctionTool, QueryEngineTool, ToolOutput
 from llama_index.core.workflow import Context
 from pydantic import BaseModel
 from support.canary import CANARY, SAFE, guard_backend, holds
-from support.llama_index import calls, said, scripted_agent_model
+from support.llama_index import Says, calls, query_engine, said, scripted_agent_model
 
 from rsafe_plugins import BackendError
 from rsafe_plugins.backends import Request
@@ -241,3 +242,132 @@ async def test_the_leak_test_finds_leaks() -> None:
     assert holds(CANARY, events)
     assert holds(CANARY, await handler)
     assert holds(CANARY, dict(await context.store.get_state()))
+
+
+# After the first step, and after runs that broke off
+
+
+@in_a_workflow
+@pytest.mark.parametrize("exit_behavior", ["replace", "error"])
+@pytest.mark.parametrize("last", [said(BAD), calls(("lookup", {"text": BAD}))], ids=["answer", "tool call"])
+async def test_what_is_unsafe_in_a_later_step_is_remembered_by_nobody(
+    last: ChatMessage, exit_behavior: Any, workflow: bool
+) -> None:
+    run = Run(calls(("lookup", {"text": "sea"})), last, said(ANSWER), exit_behavior=exit_behavior)
+    if exit_behavior == "error":
+        with pytest.raises(RSafeViolationError):
+            await run.ask(workflow=workflow)
+    else:
+        assert await run.ask(workflow=workflow) == REFUSAL
+    assert not holds(CANARY, run.remembered(), await run.stored(), run.events)
+    await run.ask("And now?")
+    assert not holds(CANARY, run.remembered(), run.asked)
+
+
+async def test_a_message_after_a_run_that_broke_off_is_judged() -> None:
+    run = Run(calls(("lookup", {"text": "sea"})))
+    context: Any = Context(run.agent)
+    handler = run.agent.run(user_msg=QUESTION, memory=run.memory, ctx=context, max_iterations=2)
+    with pytest.raises(Exception, match="Max iterations"):
+        await handler
+    run.asked.clear()
+    again = run.agent.run(user_msg=f"Tell me the {CANARY}.", memory=run.memory, ctx=context)
+    assert str(await again) == REFUSAL
+    assert run.asked == []
+
+
+async def test_what_a_workflow_would_generate_by_itself_is_refused() -> None:
+    run = Run(calls(("lookup", {"text": "sea"})), said(BAD))
+    flow = AgentWorkflow(agents=[run.agent], root_agent="agent", early_stopping_method="generate")
+    with pytest.raises(Exception, match="leave early_stopping_method at force"):
+        await flow.run(user_msg=QUESTION, max_iterations=1)
+    assert run.asked == []
+
+
+@pytest.mark.parametrize("exit_behavior", ["replace", "error"])
+async def test_a_blocked_message_is_forgotten_whatever_stands_behind_it(exit_behavior: Any) -> None:
+    run = Run(said(ANSWER), exit_behavior=exit_behavior)
+    history = [
+        ChatMessage("Hi.", role="user"),
+        said("Hello."),
+        ChatMessage(BAD, role="user"),
+        ChatMessage("Be brief.", role="system"),
+    ]
+    handler = run.agent.run(user_msg="Do it.", chat_history=history, memory=run.memory)
+    if exit_behavior == "error":
+        with pytest.raises(RSafeViolationError):
+            await handler
+    else:
+        await handler
+    assert not holds(CANARY, run.remembered())
+    assert run.remembered()[:2] == ["Hi.", "Hello."]
+    assert await run.ask("And now?") == ANSWER
+
+
+async def test_a_tool_call_in_a_given_history_is_judged() -> None:
+    run = Run(said(ANSWER))
+    history = [
+        ChatMessage("Hi.", role="user"),
+        calls(("lookup", {"text": BAD})),
+        ChatMessage("ok", role="tool"),
+    ]
+    run.memory.set(history[:-1])
+    handler = run.agent.run(chat_history=history, memory=run.memory)
+    assert str(await handler) == REFUSAL
+
+
+async def test_nodes_behind_a_tools_result_are_judged() -> None:
+    run = Run(calls(("lookup", {"text": "sea"})), said(ANSWER))
+    engine = query_engine(Says(text="fine"), BAD)
+    run.agent.tools = [QueryEngineTool.from_defaults(engine, name="lookup", description="Looks up.")]
+    run.model.response_generator = _replies(calls(("lookup", {"input": "sea"})), said(ANSWER))
+    await run.ask()
+    assert not holds(CANARY, run.events, run.output)
+
+
+async def test_a_result_that_changes_is_judged_again() -> None:
+    shared = ToolOutput(content="fine", tool_name="lookup", raw_input={}, raw_output=None)
+
+    def lookup(text: str) -> Any:
+        """Looks something up."""
+        if text == "second":
+            shared.blocks = [TextBlock(text=BAD)]
+        return shared
+
+    run = Run(calls(("lookup", {"text": "first"})), calls(("lookup", {"text": "second"})), said(ANSWER))
+    run.agent.tools = [FunctionTool.from_defaults(lookup)]
+    await run.ask()
+    assert not holds(CANARY, run.asked, run.remembered())
+
+
+async def test_a_direct_result_is_an_answer() -> None:
+    run = Run(calls(("lookup", {"text": "sea"})), check_tool_results=False)
+
+    def lookup(text: str) -> str:
+        """Looks something up."""
+        return BAD
+
+    run.agent.tools = [FunctionTool.from_defaults(lookup, return_direct=True)]
+    run.model.response_generator = _replies(calls(("lookup", {"text": "sea"})), said(ANSWER))
+    await run.ask()
+    assert not holds(CANARY, run.output, run.remembered(), run.events)
+
+
+async def test_signatures_of_thoughts_are_no_content() -> None:
+    signed = ChatMessage(role="assistant", additional_kwargs={"thought_signatures": [b"\x00\xff"]})
+    thought = ThinkingBlock(content="hm", additional_information={"signature": b"\x00", "thinking": ""})
+    signed.blocks = [thought, TextBlock(text=ANSWER)]
+    assert await Run(signed).ask() == ANSWER
+    bad = signed.model_copy(deep=True)
+    bad.blocks = [ThinkingBlock(content=BAD, additional_information={"thinking": ""}), TextBlock(text="fine")]
+    assert await Run(bad).ask() == REFUSAL
+
+
+def test_a_policy_without_a_category_for_a_check_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"no category that applies to a prompt: set check_input=False"):
+        Run(said(ANSWER), guard={"policy": "prompt-injection"})
+
+
+def _replies(*replies: ChatMessage) -> Any:
+    rest = list(replies)
+    return lambda messages, **_: (rest.pop(0) if len(rest) > 1 else rest[0]).model_copy(deep=True)

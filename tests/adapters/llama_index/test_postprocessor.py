@@ -391,3 +391,13 @@ async def test_the_same_nodes_have_the_same_verdicts_as_in_the_guard() -> None:
 def _probabilities(prompt: str) -> dict[str, float]:
     number = int(prompt.rpartition("text ")[2].split("\n")[0])
     return {"safe": 1 - number / 20, "unsafe": number / 20}
+
+
+def test_metadata_that_a_multi_modal_synthesizer_shows_is_judged(
+    postprocessor: RSafeNodePostprocessor, attack: str
+) -> None:
+    hidden = [
+        node("ok", metadata={"title": attack}, text_template="{content}"),
+        NodeWithScore(node=Node(metadata={"caption": attack})),
+    ]
+    assert postprocessor.postprocess_nodes(hidden) == []

@@ -324,3 +324,33 @@ async def test_a_hundred_queries_at_once_each_get_their_own_verdict() -> None:
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match="must be"):
         guarded(Says(text=ANSWER), **settings)
+
+
+async def test_synthesizing_judges_the_question_too() -> None:
+    llm = Says(text=ANSWER)
+    engine = guarded(llm)
+    query, nodes = QueryBundle(f"Tell me the {CANARY}."), engine.query_engine.retrieve(QueryBundle("q"))
+    for response in (engine.synthesize(query, nodes), await engine.asynthesize(query, nodes)):
+        assert str(response) == REFUSAL
+    assert llm.asked == []
+
+
+async def test_the_refusal_of_a_question_can_be_read_as_a_stream(capsys: pytest.CaptureFixture[str]) -> None:
+    response: Any = await ask(guarded(Says(text=ANSWER), streaming=True), f"Tell me the {CANARY}.")
+    assert "".join(response.response_gen) == REFUSAL
+    assert "".join([chunk async for chunk in response.async_response_gen()]) == REFUSAL
+    response.print_response_stream()
+    assert REFUSAL in capsys.readouterr().out
+
+
+def test_a_stream_that_was_read_already_keeps_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = query_engine(Says(text=ANSWER), *FACTS, streaming=True)
+    retry = RetryQueryEngine(inner, RSafeEvaluator({"backend": guard_backend()}))
+    assert "".join(RSafeQueryEngine(retry, {"backend": guard_backend()}).query("q").response_gen) == ANSWER
+
+
+def test_a_policy_without_a_category_for_a_check_is_refused() -> None:
+    with pytest.raises(SettingsError, match="set check_query=False"):
+        RSafeQueryEngine(
+            query_engine(Says(text="x"), "y"), {"policy": "prompt-injection", "backend": guard_backend()}
+        )
