@@ -6,9 +6,13 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import pytest
+from langchain_core.language_models._compat_bridge import chunks_to_events
 from langchain_core.messages import AIMessageChunk
+from langchain_core.outputs import ChatGenerationChunk
 from langchain_core.runnables import RunnableGenerator, RunnableLambda
+from langchain_tests.utils.stream_lifecycle import assert_valid_event_stream
 from support.canary import CANARY, SAFE, guard_backend
+from support.langchain import Model, said
 
 from rsafe_plugins import BackendError
 from rsafe_plugins.errors import SettingsError
@@ -125,3 +129,13 @@ def test_a_chain_that_does_not_stream_is_judged_once() -> None:
     chain = RunnableLambda(lambda _: "".join(WORDS)) | window(backend, 10)
     assert list(chain.stream("go")) == ["".join(WORDS)]
     assert len(backend.requests) == 1
+
+
+@pytest.mark.parametrize("size", [10, None])
+def test_what_is_released_of_a_model_is_a_valid_stream_of_events(size: int | None) -> None:
+    model = Model(replies=[said("The sea is calm and blue.")])
+    guard = RSafeGuard({"backend": ScriptedBackend(SAFE)}, stream_window=size)
+    chunks = [ChatGenerationChunk(message=chunk) for chunk in (model | guard).stream("How is the sea?")]
+    events = list(chunks_to_events(iter(chunks)))
+    assert len(events) > 2
+    assert_valid_event_stream(events)
