@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +21,7 @@ from llama_index.core.schema import NodeWithScore
 
 from rsafe_plugins.guard import Content, Guard, GuardSettings
 from rsafe_plugins.guard.content import Turn
-from rsafe_plugins.guard.texts import Part
+from rsafe_plugins.guard.texts import Part, Said, Text, parts
 from rsafe_plugins.guard.violation import REFUSAL
 from rsafe_plugins.llama_index.judging import (
     EngineExitBehavior,
@@ -27,18 +30,28 @@ from rsafe_plugins.llama_index.judging import (
     Violation,
     asked_of_nodes,
     part,
+    said_of,
     turns_of,
 )
+
+_SHORT = 1.0
+"""Seconds for another thread's event loop to cancel a task. One that takes longer is blocked, and the task with it."""
 
 
 class RSafeChatEngine(BaseChatEngine):
     """A chat engine whose messages, nodes and answers are judged, each in the conversation it stands in.
 
     An unsafe message doesn't reach the engine. The nodes that were used and the answer are judged as one engine
-    batch; where one is unsafe, the refusal takes the answer's place, in the conversation that the engine remembers as
-    well. By then the model has seen the nodes: an `RSafeNodePostprocessor` in the engine keeps them from it.
+    batch; where one is unsafe, the refusal takes the answer's place, in the conversation that is remembered as well.
+    By then the model has seen the nodes: an `RSafeNodePostprocessor` in the engine keeps them from it.
 
     A streamed answer is held until all of it is judged, or, with `stream_window`, until all that it said so far is.
+
+    The conversation is kept here and given to the engine with each message; what the engine remembers by itself is
+    emptied before. Of a blocked message, of a turn that fails, and of a stream that isn't read to its end before the
+    next message reaches the engine, nothing is remembered. Turns wait for each other; a stream that is being read
+    holds up the next one until the model has said all. A stream of `astream_chat` ends with a `RuntimeError` where
+    code that can't wait for its event loop goes on with the conversation: `chat`, `stream_chat`, `reset`.
 
     Args:
         chat_engine: Any chat engine.
@@ -80,10 +93,20 @@ class RSafeChatEngine(BaseChatEngine):
             on_violation=on_violation,
             stream_window=stream_window,
         )
-        # The conversation that the engine is given with the next message, instead of the one it remembers.
-        self._instead: list[ChatMessage] | None = None
-        # A stream that nobody has read to its end; the engine remembers its answer when it ends.
-        self._unread: StreamingAgentChatResponse | None = None
+        self._judge.need(
+            check_message="prompt" if check_message else None,
+            check_nodes="document" if check_nodes else None,
+            check_response="response" if check_response else None,
+        )
+        # What was said and judged, None until it is read from the engine; a list is replaced, never changed.
+        self._record: list[ChatMessage] | None = None
+        # The turn whose answer may be remembered, and what guards it together with the record.
+        self._latest: object = None
+        self._mutex = threading.Lock()
+        # Done when the last turn in the queue is; what may still write to the engine's memory after its turn.
+        self._last: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._last.set_result(None)
+        self._writers: list[_Writer] = []
 
     @property
     def guard(self) -> Guard:
@@ -93,147 +116,311 @@ class RSafeChatEngine(BaseChatEngine):
     @property
     def chat_history(self) -> list[ChatMessage]:
         """The conversation so far, with refusals in the place of what was blocked."""
-        return list(self.chat_engine.chat_history if self._instead is None else self._instead)
+        record = self._record
+        return _copied(self.chat_engine.chat_history if record is None else record)
 
     def reset(self) -> None:
-        """Forgets the conversation."""
-        _drain(self._unread)
-        self._instead = self._unread = None
-        self.chat_engine.reset()
+        """Forgets the conversation, and the answers that are under way."""
+        with self._mutex:
+            self._latest, self._record = object(), []
+        self._clear_between_turns(self._latest)
 
     def chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> AGENT_CHAT_RESPONSE_TYPE:
         """Answers a message.
 
+        Args:
+            message: What the user says.
+            chat_history: The conversation before it, in the place of the one that is remembered; it is judged, too.
+
         Raises:
             RSafeViolationError: Something was blocked and `exit_behavior` is `error`.
             RSafeError: A check failed and the guard's `on_error` is `raise`.
+            RuntimeError: Another turn is under way, and this is called on an event loop that can't wait for it.
         """
-        _drain(self._unread)
-        turn = self._begin(message, chat_history)
-        if violation := self._judge.check(turn.asked):
-            return self._refused(turn, violation)
-        with turn:
-            response = self.chat_engine.chat(message, turn.given)
-        violation = self._judge.check(self._asked_of_answer(turn, response, str(response)))
-        return self._refused(turn, violation) if violation else self._passed(response)
+        with self._alone():
+            turn = self._begin(message, chat_history)
+            if violation := self._judge.check(turn.asked):
+                return self._refusal(violation)
+            with self._heard(turn):
+                response = self.chat_engine.chat(message, _copied(turn.before))
+                violation = self._judge.check(self._asked_of_answer(turn, response, str(response)))
+                if not self._remember(turn, str(response), violation):
+                    self._clear()
+            return self._refusal(violation) if violation else response
 
     async def achat(
         self, message: str, chat_history: list[ChatMessage] | None = None
     ) -> AGENT_CHAT_RESPONSE_TYPE:
         """Like `chat`, without blocking the event loop."""
-        await _adrain(self._unread)
-        turn = self._begin(message, chat_history)
-        if violation := await self._judge.acheck(turn.asked):
-            return self._refused(turn, violation)
-        with turn:
-            response = await self.chat_engine.achat(message, turn.given)
-        violation = await self._judge.acheck(self._asked_of_answer(turn, response, str(response)))
-        return self._refused(turn, violation) if violation else self._passed(response)
+        async with self._aalone():
+            turn = await asyncio.to_thread(self._begin, message, chat_history)
+            if violation := await self._judge.acheck(turn.asked):
+                return self._refusal(violation)
+            async with self._aheard(turn):
+                response = await self.chat_engine.achat(message, _copied(turn.before))
+                violation = await self._judge.acheck(self._asked_of_answer(turn, response, str(response)))
+                if not self._remember(turn, str(response), violation):
+                    await self._aclear()
+            return self._refusal(violation) if violation else response
 
     def stream_chat(
         self, message: str, chat_history: list[ChatMessage] | None = None
     ) -> StreamingAgentChatResponse:
         """Like `chat`, with the answer as a stream."""
-        _drain(self._unread)
-        turn = self._begin(message, chat_history)
-        if violation := self._judge.check(turn.asked):
-            return _streaming(iter([self._refused(turn, violation).response]))
-        with turn:
-            response = self._unread = self.chat_engine.stream_chat(message, turn.given)
-        if violation := self._judge.check(self._asked_of_answer(turn, response)):
-            _drain(response)
-            return _streaming(iter([self._refused(turn, violation).response]))
-        return _streaming(self._gated(turn, response), response.source_nodes)
+        with self._alone():
+            turn = self._begin(message, chat_history)
+            if violation := self._judge.check(turn.asked):
+                return _streaming(iter([self._judge.violation_message]))
+            with self._heard(turn):
+                response = self.chat_engine.stream_chat(message, _copied(turn.before))
+                self._writers.append(_Writer(response))
+                if violation := self._judge.check(self._asked_of_answer(turn, response)):
+                    self._remember(turn, "", violation)
+                    self._clear()
+                    return _streaming(iter([self._judge.violation_message]))
+        return _streaming(self._gated(turn, response), _nodes_of(response))
 
     async def astream_chat(
         self, message: str, chat_history: list[ChatMessage] | None = None
     ) -> StreamingAgentChatResponse:
         """Like `stream_chat`, without blocking the event loop."""
-        await _adrain(self._unread)
-        turn = self._begin(message, chat_history)
-        if violation := await self._judge.acheck(turn.asked):
-            return _astreaming(_aonly(self._refused(turn, violation).response))
-        with turn:
-            response = self._unread = await self.chat_engine.astream_chat(message, turn.given)
-        if violation := await self._judge.acheck(self._asked_of_answer(turn, response)):
-            await _adrain(response)
-            return _astreaming(_aonly(self._refused(turn, violation).response))
-        return _astreaming(self._agated(turn, response), response.source_nodes)
+        async with self._aalone():
+            turn = await asyncio.to_thread(self._begin, message, chat_history)
+            if violation := await self._judge.acheck(turn.asked):
+                return _astreaming(_aonly(self._judge.violation_message))
+            async with self._aheard(turn):
+                response = await self.chat_engine.astream_chat(message, _copied(turn.before))
+                self._writers.append(_Writer(response))
+                if violation := await self._judge.acheck(self._asked_of_answer(turn, response)):
+                    self._remember(turn, "", violation)
+                    await self._aclear()
+                    return _astreaming(_aonly(self._judge.violation_message))
+        return _astreaming(self._agated(turn, response), _nodes_of(response))
 
     def _gated(self, turn: _Turn, response: StreamingAgentChatResponse) -> Iterator[str]:
         gate = self._judge.gate(lambda text: self._answer(turn, text))
-        yield from gate.passed(response.response_gen) if self.check_response else response.response_gen
-        _drain(response)
-        self._end(turn, gate.violation)
+        said = []
+        try:
+            for chunk in gate.passed(response.response_gen) if self.check_response else response.response_gen:
+                said.append(chunk)
+                yield chunk
+        except Exception:
+            self._clear_between_turns(turn)
+            raise
+        if not self._remember(turn, "".join(said).strip(), gate.violation):
+            self._clear_between_turns(turn)
 
     async def _agated(self, turn: _Turn, response: StreamingAgentChatResponse) -> AsyncIterator[str]:
         gate = self._judge.gate(lambda text: self._answer(turn, text))
-        chunks = response.async_response_gen()
-        async for chunk in gate.apassed(chunks) if self.check_response else chunks:
-            yield chunk
-        await _adrain(response)
-        self._end(turn, gate.violation)
-
-    def _end(self, turn: _Turn, violation: Violation | None) -> None:
-        if violation:
-            self._refused(turn, violation)
-        else:
-            self._instead = None
+        said, chunks = [], response.async_response_gen()
+        try:
+            async for chunk in gate.apassed(chunks) if self.check_response else chunks:
+                said.append(chunk)
+                yield chunk
+        except Exception:
+            await self._aclear_between_turns(turn)
+            raise
+        if not self._remember(turn, "".join(said).strip(), gate.violation):
+            await self._aclear_between_turns(turn)
 
     def _begin(self, message: str, chat_history: list[ChatMessage] | None) -> _Turn:
-        self._unread = None
-        before = self.chat_history if chat_history is None else list(chat_history)
-        given = chat_history if chat_history is not None else self._instead
+        after = self._latest
+        record = self.chat_history
+        with self._mutex:
+            if self._record is None:
+                self._record = record
+        before = record if chat_history is None else _copied(chat_history)
         history = turns_of(before)
-        asked = [part(Content("prompt", message, history=history))] if self.check_message else []
-        return _Turn(self, message, before, given, history, asked)
+        asked = [part(Content("prompt", message, history=history))]
+        if chat_history is not None:
+            asked = parts([*said_of(before), Said("prompt", Text(message))], self.guard.policy)
+        return _Turn(message, before, history, asked if self.check_message else [], after)
+
+    @contextlib.contextmanager
+    def _heard(self, turn: _Turn) -> Iterator[None]:
+        """Around what the engine does with a message: it remembers nothing before, and nothing where that fails."""
+        self._clear()
+        self._supersede(turn)
+        try:
+            yield
+        except BaseException:
+            self._clear()
+            raise
+
+    @contextlib.asynccontextmanager
+    async def _aheard(self, turn: _Turn) -> AsyncIterator[None]:
+        await self._aclear(stop=False)
+        self._supersede(turn)
+        try:
+            yield
+        except BaseException:
+            await self._aclear()
+            raise
+
+    def _supersede(self, turn: _Turn) -> None:
+        with self._mutex:
+            # Otherwise the conversation that the turn belongs to was forgotten meanwhile.
+            if self._latest is turn.after:
+                self._latest = turn
+
+    def _remember(self, turn: _Turn, answer: str, violation: Violation | None) -> bool:
+        """Adds a turn to the conversation unless a later one began; says whether the engine may remember the same."""
+        text = self._judge.violation_message if violation else answer
+        said = ChatMessage(turn.message, role=MessageRole.USER), ChatMessage(text, role=MessageRole.ASSISTANT)
+        with self._mutex:
+            if is_latest := self._latest is turn:
+                self._record = [*turn.before, *said]
+        return is_latest and violation is None
+
+    def _clear(self) -> None:
+        """Empties the engine's memory, when nothing can write to it anymore."""
+        for writer in self._writers:
+            writer.settle()
+        self._writers = [writer for writer in self._writers if not writer.is_done]
+        self.chat_engine.reset()
+
+    async def _aclear(self, *, stop: bool = True) -> None:
+        for writer in self._writers:
+            await writer.asettle(stop=stop)
+        self._writers = [writer for writer in self._writers if not writer.is_done]
+        await asyncio.to_thread(self.chat_engine.reset)
+
+    def _clear_between_turns(self, latest: object) -> None:
+        """Empties the engine's memory unless a later turn did."""
+        if _running_loop() is None or self._last.done():
+            with self._alone():
+                if self._latest is latest:
+                    self._clear()
+
+    async def _aclear_between_turns(self, latest: object) -> None:
+        async with self._aalone():
+            if self._latest is latest:
+                await self._aclear()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Waits until the turns before are over; those that come later wait until this one is."""
+        if _running_loop() is not None and not self._last.done():
+            raise RuntimeError("Another turn of this chat engine is under way: use its async methods here.")
+        before, own = self._queue()
+        try:
+            before.result()
+            yield
+        finally:
+            # One that gives up waiting lets nobody pass those before it.
+            before.add_done_callback(lambda _: own.set_result(None))
+
+    @contextlib.asynccontextmanager
+    async def _aalone(self) -> AsyncIterator[None]:
+        before, own = self._queue()
+        try:
+            await asyncio.shield(asyncio.wrap_future(before))
+            yield
+        finally:
+            before.add_done_callback(lambda _: own.set_result(None))
+
+    def _queue(self) -> tuple[concurrent.futures.Future[None], concurrent.futures.Future[None]]:
+        with self._mutex:
+            before, self._last = self._last, concurrent.futures.Future()
+            return before, self._last
 
     def _asked_of_answer(
         self, turn: _Turn, response: AGENT_CHAT_RESPONSE_TYPE, text: str | None = None
     ) -> list[Part]:
-        asked = asked_of_nodes(response.source_nodes, turn.message) if self.check_nodes else []
+        asked = asked_of_nodes(_nodes_of(response), turn.message) if self.check_nodes else []
         return [*asked, self._answer(turn, text)] if self.check_response and text is not None else asked
 
     def _answer(self, turn: _Turn, text: str) -> Part:
         return part(Content("response", text, turn.message, turn.history))
 
-    def _passed(self, response: AGENT_CHAT_RESPONSE_TYPE) -> AGENT_CHAT_RESPONSE_TYPE:
-        self._instead = None
-        return response
-
-    def _refused(self, turn: _Turn, violation: Violation) -> AgentChatResponse:
-        """Answers with the refusal; an engine that has heard the message forgets what it has said to it."""
-        text = self._judge.violation_message
-        if violation.stage != "prompt":
-            self.chat_engine.reset()
-            self._instead = [*turn.before, turn.said, ChatMessage(text, role=MessageRole.ASSISTANT)]
-        return AgentChatResponse(response=text, metadata=violation.mark)
+    def _refusal(self, violation: Violation) -> AgentChatResponse:
+        return AgentChatResponse(response=self._judge.violation_message, metadata=violation.mark)
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class _Turn:
-    """A message and the conversation before it.
+    """A message and the conversation before it; `after` is the latest turn when it began."""
 
-    Around the engine's own work it sees to it that an answer which is never judged is remembered by nobody.
-    """
-
-    engine: RSafeChatEngine
     message: str
     before: list[ChatMessage]
-    given: list[ChatMessage] | None
     history: tuple[Turn, ...]
     asked: list[Part]
+    after: object
+
+
+class _Writer:
+    """What writes a streamed answer to the engine's memory, read or not: a thread, or a task of an event loop."""
+
+    def __init__(self, response: StreamingAgentChatResponse) -> None:
+        self._response = response
+        self._thread = response.write_response_to_history_thread
+        self._task = response.awrite_response_to_history_task
+        self._ended: concurrent.futures.Future[None] = concurrent.futures.Future()
+        if self._task is not None:
+            self._task.add_done_callback(lambda _: self._ended.set_result(None))
 
     @property
-    def said(self) -> ChatMessage:
-        return ChatMessage(self.message, role=MessageRole.USER)
+    def is_done(self) -> bool:
+        if self._task is not None:
+            return self._task.done() or self._task.get_loop().is_closed()
+        return self._thread is None or not self._thread.is_alive()
 
-    def __enter__(self) -> None:
-        self.engine._instead = self.before
+    def settle(self) -> None:
+        """Waits for the thread; stops the task."""
+        if self._thread is not None:
+            self._thread.join()
+        elif self._stop():
+            concurrent.futures.wait([self._ended], _SHORT)
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.engine._instead = [*self.before, self.said]
+    async def asettle(self, *, stop: bool) -> None:
+        """Like `settle`, but waits for a task of this event loop, too, unless nobody will read its stream."""
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+        elif self._task is not None and self._task.get_loop() is _running_loop():
+            if stop:
+                self._stop()
+            await asyncio.wait([self._task])
+        elif self._stop():
+            await asyncio.wait([asyncio.wrap_future(self._ended)], timeout=_SHORT)
+
+    def _stop(self) -> bool:
+        """Stops the task; says whether another thread's event loop is about to."""
+        if self._task is None or self.is_done:
+            return False
+        loop = self._task.get_loop()
+        if loop is _running_loop():
+            self._cancel(self._task)
+            return False
+        with contextlib.suppress(RuntimeError):  # It was closed just now.
+            loop.call_soon_threadsafe(self._cancel, self._task)
+        return loop.is_running()
+
+    def _cancel(self, task: asyncio.Task[Any]) -> None:
+        # With all of it said, the task is writing, and LlamaIndex's memory loses its database where that is cancelled.
+        if not self._response.response and not task.done():
+            # Who still reads would wait for the task's end forever, or seem to be cancelled with it.
+            self._response.exception = RuntimeError(
+                "The conversation went on before this answer was complete."
+            )
+            self._response.awrite_response_to_history_task = None
+            task.cancel()
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def _copied(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    return [message.model_copy(deep=True) for message in messages]
+
+
+def _nodes_of(response: AGENT_CHAT_RESPONSE_TYPE) -> list[NodeWithScore]:
+    """The nodes that were used. LlamaIndex leaves out those of an answer that a query engine streams on a loop."""
+    found = [node for source in response.sources for node in getattr(source.raw_output, "source_nodes", ())]
+    return list({id(node): node for node in [*response.source_nodes, *found]}.values())
 
 
 def _streaming(chunks: Iterator[str], nodes: Sequence[NodeWithScore] = ()) -> StreamingAgentChatResponse:
@@ -254,20 +441,3 @@ def _chunk(text: str) -> ChatResponse:
 
 async def _aonly(text: str) -> AsyncIterator[str]:
     yield text
-
-
-def _drain(response: StreamingAgentChatResponse | None) -> None:
-    """Lets a stream come to its end: the engine remembers the answer then, from a thread of its own."""
-    if response is None:
-        return
-    with contextlib.suppress(Exception):
-        for _ in response.response_gen:
-            pass
-
-
-async def _adrain(response: StreamingAgentChatResponse | None) -> None:
-    if response is None:
-        return
-    with contextlib.suppress(Exception):
-        async for _ in response.async_response_gen():
-            pass

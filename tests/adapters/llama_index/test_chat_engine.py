@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from llama_index.core.chat_engine import CondensePlusContextChatEngine, ContextChatEngine, SimpleChatEngine
-from llama_index.core.llms import ChatMessage
+from llama_index.core.chat_engine import (
+    CondensePlusContextChatEngine,
+    CondenseQuestionChatEngine,
+    ContextChatEngine,
+    SimpleChatEngine,
+)
+from llama_index.core.chat_engine.types import BaseChatEngine
+from llama_index.core.llms import ChatMessage, ChatResponse, CompletionResponse, ImageBlock
+from llama_index.core.memory import ChatMemoryBuffer
 from support.canary import CANARY, SAFE, guard_backend, holds, judged_text
-from support.llama_index import Found, Says
+from support.llama_index import Found, Says, query_engine
 
 from rsafe_plugins import BackendError
 from rsafe_plugins.backends import Request
@@ -24,9 +33,13 @@ ENGINES = {
     "simple": lambda llm, *_: SimpleChatEngine.from_defaults(llm=llm),
     "context": lambda llm, *texts: ContextChatEngine.from_defaults(Found(*texts), llm=llm),
     "condense": lambda llm, *texts: CondensePlusContextChatEngine.from_defaults(Found(*texts), llm=llm),
+    "question": lambda llm, *texts: CondenseQuestionChatEngine.from_defaults(
+        query_engine(llm, *texts, streaming=True), llm=llm
+    ),
 }
 WAYS = ("chat", "achat", "stream_chat", "astream_chat")
 ways = pytest.mark.parametrize("way", WAYS)
+streams = pytest.mark.parametrize("way", ["stream_chat", "astream_chat"])
 engines = pytest.mark.parametrize("kind", ENGINES)
 
 
@@ -50,6 +63,17 @@ def remembered(engine: RSafeChatEngine) -> list[str]:
     return [str(message.content) for message in engine.chat_history]
 
 
+async def opened(engine: RSafeChatEngine, way: str, text: str) -> Any:
+    """A stream that nobody has read."""
+    return engine.stream_chat(text) if way == "stream_chat" else await engine.astream_chat(text)
+
+
+async def rest(stream: Any) -> str:
+    if stream.achat_stream is not None:
+        return "".join([chunk async for chunk in stream.async_response_gen()])
+    return await asyncio.to_thread(lambda: "".join(stream.response_gen))
+
+
 @ways
 @engines
 async def test_a_safe_conversation_is_answered_and_remembered(kind: str, way: str) -> None:
@@ -57,7 +81,8 @@ async def test_a_safe_conversation_is_answered_and_remembered(kind: str, way: st
     assert await say(engine, way) == ANSWER
     assert await say(engine, way, "And close?") == ANSWER
     assert remembered(engine) == ["When do you open?", ANSWER, "And close?", ANSWER]
-    assert remembered(engine) == [str(message.content) for message in engine.chat_engine.chat_history]
+    if kind != "question":  # It only adds to its memory, which is emptied before each message.
+        assert remembered(engine) == [str(message.content) for message in engine.chat_engine.chat_history]
 
 
 @ways
@@ -87,18 +112,68 @@ async def test_an_unsafe_answer_is_replaced_in_what_is_remembered_too(kind: str,
 
 
 @ways
-async def test_an_unsafe_node_refuses_the_answer(way: str) -> None:
-    engine = guarded("context", Says(text=ANSWER), FACTS[0], BAD)
+@pytest.mark.parametrize("kind", ["context", "condense", "question"])
+async def test_an_unsafe_node_refuses_the_answer(kind: str, way: str) -> None:
+    engine = guarded(kind, Says(text=ANSWER), FACTS[0], BAD)
     assert await say(engine, way) == REFUSAL
     assert not holds(CANARY, engine.chat_history, engine.chat_engine.chat_history)
 
 
 @ways
-async def test_a_violation_may_be_an_error_and_is_not_remembered(way: str) -> None:
-    engine = guarded("simple", Says(text=BAD), exit_behavior="error")
+@engines
+async def test_a_violation_may_be_an_error_and_is_not_remembered(kind: str, way: str) -> None:
+    llm = Says(text=BAD)
+    engine = guarded(kind, llm, exit_behavior="error")
     with pytest.raises(RSafeViolationError, match="RSafe blocked the response"):
         await say(engine, way)
-    assert not holds(CANARY, engine.chat_history)
+    assert not holds(CANARY, engine.chat_history, engine.chat_engine.chat_history)
+    llm.text = ANSWER
+    assert await say(engine, way, "Again.") == ANSWER
+    assert remembered(engine) == ["Again.", ANSWER]
+
+
+@ways
+@engines
+async def test_what_was_said_before_a_refusal_is_still_known(kind: str, way: str) -> None:
+    llm = Says(text=ANSWER)
+    engine = guarded(kind, llm)
+    await say(engine, way, "First.")
+    llm.text = BAD
+    assert await say(engine, way, "Second.") == REFUSAL
+    llm.text, llm.asked = ANSWER, []
+    assert await say(engine, way, "Third.") == ANSWER
+    assert await say(engine, way, "Fourth.") == ANSWER
+    assert holds("First.", llm.asked)
+    assert holds("Third.", llm.asked)
+    assert not holds(CANARY, llm.asked)
+    said = ["First.", ANSWER, "Second.", REFUSAL, "Third.", ANSWER, "Fourth.", ANSWER]
+    assert remembered(engine) == said
+
+
+@ways
+@pytest.mark.parametrize(
+    "given", [ChatMessage(BAD, role="user"), ChatMessage(role="user", blocks=[ImageBlock()])]
+)
+@engines
+async def test_a_callers_own_history_is_judged_with_the_message(
+    kind: str, given: ChatMessage, way: str
+) -> None:
+    llm = Says(text=ANSWER)
+    engine = guarded(kind, llm)
+    assert await say(engine, way, "Hello.") == ANSWER
+    llm.asked = []
+    assert await say(engine, way, "Do it.", [given]) == REFUSAL
+    assert llm.asked == []
+    assert remembered(engine) == ["Hello.", ANSWER]
+
+
+@ways
+async def test_what_is_remembered_is_nobody_elses_to_change(way: str) -> None:
+    given = [ChatMessage("Earlier.", role="user"), ChatMessage("Yes.", role="assistant")]
+    engine = guarded("simple", Says(text=ANSWER))
+    await say(engine, way, "Now.", given)
+    given[0].blocks = engine.chat_history[1].blocks = []
+    assert remembered(engine) == ["Earlier.", "Yes.", "Now.", ANSWER]
 
 
 @ways
@@ -123,7 +198,7 @@ async def test_a_callers_own_history_counts(way: str) -> None:
     assert remembered(engine) == ["Earlier.", "Yes.", "Now.", ANSWER]
 
 
-@pytest.mark.parametrize("way", ["stream_chat", "astream_chat"])
+@streams
 async def test_a_stream_is_released_window_by_window(way: str) -> None:
     engine = guarded("simple", Says(text=f"All is fine so far, and then {BAD}"), stream_window=10)
     said = await say(engine, way)
@@ -133,16 +208,197 @@ async def test_a_stream_is_released_window_by_window(way: str) -> None:
     assert not holds(CANARY, engine.chat_history, engine.chat_engine.chat_history)
 
 
-@pytest.mark.parametrize("way", ["stream_chat", "astream_chat"])
-async def test_a_stream_that_nobody_reads_is_remembered_by_nobody(way: str) -> None:
+@streams
+@engines
+async def test_a_stream_that_nobody_reads_is_remembered_by_nobody(kind: str, way: str) -> None:
     llm = Says(text=BAD)
-    engine = guarded("simple", llm)
-    unread = engine.stream_chat("Hello?") if way == "stream_chat" else await engine.astream_chat("Hello?")
+    engine = guarded(kind, llm)
+    unread = await opened(engine, way, "Hello?")
     assert unread
-    assert not holds(CANARY, engine.chat_history)
+    assert engine.chat_history == []
     llm.text = ANSWER
     assert await say(engine, way, "Are you there?") == ANSWER
-    assert not holds(CANARY, engine.chat_history, engine.chat_engine.chat_history, llm.asked[-1])
+    assert await say(engine, way, "Still?") == ANSWER
+    assert remembered(engine) == ["Are you there?", ANSWER, "Still?", ANSWER]
+    assert not holds(CANARY, engine.chat_engine.chat_history, llm.asked[-1])
+
+
+@streams
+@engines
+async def test_the_end_of_a_stream_that_was_overtaken_uncovers_nothing(kind: str, way: str) -> None:
+    llm = Says(text=ANSWER)
+    engine = guarded(kind, llm)
+    first = await opened(engine, way, "First.")
+    second_says = Says(text=BAD)
+    engine.chat_engine._llm = second_says  # type: ignore[attr-defined]
+    if kind == "question":
+        engine.chat_engine._query_engine = query_engine(second_says, *FACTS, streaming=True)  # type: ignore[attr-defined]
+    second = await opened(engine, way, "Second.")
+    assert await rest(first) == ANSWER
+    assert remembered(engine) == []
+    second_says.text, second_says.asked = ANSWER, []
+    assert await say(engine, way, "Third.") == ANSWER
+    assert not holds(CANARY, second_says.asked, engine.chat_history, engine.chat_engine.chat_history)
+    assert await rest(second) == REFUSAL
+    assert remembered(engine) == ["Third.", ANSWER]
+
+
+@streams
+async def test_a_stream_may_be_read_on_after_the_next_message(way: str) -> None:
+    text = "All is fine so far, and that is how it will stay."
+    engine = guarded("simple", Says(text=text), stream_window=10)
+    stream = await opened(engine, way, "First.")
+    if way == "stream_chat":
+        said = next(chunks := stream.response_gen)
+        assert await say(engine, way, "Second.") == text
+        said += "".join(chunks)
+    else:
+        said = await anext(achunks := stream.async_response_gen())
+        assert await say(engine, way, "Second.") == text
+        said += "".join([chunk async for chunk in achunks])
+    assert said == text
+    assert remembered(engine) == ["Second.", text]
+
+
+class Answers(Says):
+    """Says something bad to what is bad."""
+
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        self.asked.append(prompt)
+        if "Worse." not in prompt or REFUSAL in prompt:
+            return CompletionResponse(text=ANSWER)
+        return CompletionResponse(text="Worse." if "standalone question" in prompt.lower() else BAD)
+
+
+@pytest.mark.parametrize("way", ["chat", "achat"])
+@pytest.mark.parametrize("exit_behavior", ["replace", "error"])
+@engines
+async def test_turns_at_the_same_time_come_one_after_the_other(
+    kind: str, exit_behavior: Any, way: str
+) -> None:
+    llm = Answers(text="")
+    engine = guarded(kind, llm, exit_behavior=exit_behavior)
+    turns = (say(engine, way, text) for text in ("Worse.", *(f"Good {number}." for number in range(3))))
+    await asyncio.gather(*turns, return_exceptions=True)
+    assert not holds(CANARY, llm.asked, engine.chat_history, engine.chat_engine.chat_history)
+    messages = remembered(engine)[::2]
+    assert set(messages) - {"Worse."} == {"Good 0.", "Good 1.", "Good 2."}
+    assert ("Worse." in messages) == (exit_behavior == "replace")
+
+
+class Stuck(Says):
+    """Says nothing on an event loop as long as it is stuck."""
+
+    free: Any
+    heard: Any
+
+    async def achat(self, messages: Any, **kwargs: Any) -> ChatResponse:
+        self.heard.set()
+        await self.free.wait()
+        return ChatResponse(message=ChatMessage(self.text, role="assistant"))
+
+    async def astream_chat(self, messages: Any, **kwargs: Any) -> Any:
+        async def said() -> AsyncIterator[ChatResponse]:
+            response = await self.achat(messages)
+            yield ChatResponse(message=response.message, delta=self.text)
+
+        return said()
+
+
+def stuck() -> Stuck:
+    return Stuck(text=ANSWER, free=asyncio.Event(), heard=asyncio.Event())
+
+
+@pytest.mark.parametrize("then", ["reset", "chat", "stream_chat", "chat in a thread"])
+async def test_code_that_cannot_wait_for_a_stream_ends_it(then: str) -> None:
+    engine = guarded("simple", llm := stuck())
+    stream = await engine.astream_chat("First.")
+    await llm.heard.wait()
+    if then == "reset":
+        engine.reset()
+    elif then == "chat":
+        assert str(engine.chat("Second.")) == ANSWER
+    elif then == "stream_chat":
+        assert "".join(engine.stream_chat("Second.").response_gen) == ANSWER
+    else:
+        assert await say(engine, "chat", "Second.") == ANSWER
+    with pytest.raises(RuntimeError, match="before this answer was complete"):
+        await rest(stream)
+    assert remembered(engine) == ([] if then == "reset" else ["Second.", ANSWER])
+
+
+@pytest.mark.parametrize("then", ["chat", "achat"])
+@engines
+def test_a_stream_whose_event_loop_is_closed_holds_nothing_up(kind: str, then: str) -> None:
+    memory = ChatMemoryBuffer.from_defaults()
+    llm = Says(text=BAD)
+    engine = guarded(kind, llm)
+    engine.chat_engine._memory = memory  # type: ignore[attr-defined]
+    asyncio.run(engine.astream_chat("First."))
+    llm.text = ANSWER
+    assert (
+        str(engine.chat("Again.")) if then == "chat" else str(asyncio.run(engine.achat("Again.")))
+    ) == ANSWER
+    assert remembered(engine) == ["Again.", ANSWER]
+    assert not holds(CANARY, llm.asked[-1], memory.get_all())
+
+
+async def test_sync_code_cannot_wait_for_a_turn_of_its_event_loop() -> None:
+    engine = guarded("simple", llm := stuck())
+    turn = asyncio.create_task(engine.achat("First."))
+    await llm.heard.wait()
+    with pytest.raises(RuntimeError, match="use its async methods"):
+        engine.chat("Second.")
+    llm.free.set()
+    assert str(await turn) == ANSWER
+    assert str(engine.chat("Third.")) == ANSWER
+
+
+async def test_what_is_under_way_is_forgotten_as_well() -> None:
+    engine = guarded("simple", llm := stuck())
+    turn = asyncio.create_task(engine.achat("First."))
+    await llm.heard.wait()
+    engine.reset()
+    llm.free.set()
+    assert str(await turn) == ANSWER
+    assert engine.chat_history == engine.chat_engine.chat_history == []
+
+
+async def test_a_turn_that_gives_up_waiting_lets_the_next_one_wait() -> None:
+    engine = guarded("simple", llm := stuck())
+    first, second, third = (asyncio.create_task(engine.achat(text)) for text in ("1", "2", "3"))
+    await llm.heard.wait()
+    second.cancel()
+    await asyncio.wait([second])
+    llm.free.set()
+    assert [str(await first), str(await third)] == [ANSWER, ANSWER]
+    assert remembered(engine) == ["1", ANSWER, "3", ANSWER]
+
+
+@pytest.mark.parametrize("way", ["achat", "astream_chat"])
+@engines
+async def test_an_engines_memory_does_not_block_the_event_loop(
+    kind: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = set()
+    inner: type[BaseChatEngine] = type(ENGINES[kind](Says(text="")))
+    history, reset = inner.chat_history.fget, inner.reset  # type: ignore[attr-defined]
+
+    def noted(method: Any) -> Any:
+        def call(self: Any) -> Any:
+            threads.add(threading.current_thread())
+            return method(self)
+
+        return call
+
+    monkeypatch.setattr(inner, "chat_history", property(noted(history)))
+    monkeypatch.setattr(inner, "reset", noted(reset))
+    engine = guarded(kind, llm := Says(text=ANSWER))
+    await say(engine, way)
+    llm.text = BAD
+    await say(engine, way)
+    assert threads
+    assert threading.current_thread() not in threads
 
 
 @ways
@@ -195,4 +451,4 @@ async def test_an_engine_that_fails_leaves_the_conversation_as_it_was(way: str) 
     engine = guarded("simple", Fails(text=""))
     with pytest.raises(ConnectionError):
         await say(engine, way)
-    assert remembered(engine) in ([], ["When do you open?"])
+    assert engine.chat_history == engine.chat_engine.chat_history == []
