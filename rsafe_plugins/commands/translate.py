@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -112,13 +114,27 @@ def _write(texts: dict[str, str], out: Path, to: str) -> list[Path]:
             raise PolicyError(
                 f"{out}: there are {len(texts)} policies, and no folder can be made ({error.strerror})."
             ) from None
-        paths = [out / f"{name}{suffix}" for name in texts]
+        paths = [out / f"{name}{suffix}" for name in _file_names(texts)]
     for path, text in zip(paths, texts.values(), strict=True):
         try:
             path.write_text(text, "utf-8", newline="\n")
         except OSError as error:
             raise PolicyError(f"{path}: the file can't be written ({error.strerror}).") from None
     return paths
+
+
+def _file_names(names: Iterable[str]) -> list[str]:
+    """A name for each policy's file, without what could lead out of the folder."""
+    found: list[str] = []
+    taken: set[str] = set()
+    for name in names:
+        safe = re.sub(r"[^\w.-]+", "-", name).strip(".-")[:100] or "policy"
+        distinct, number = safe, 2
+        while distinct.casefold() in taken:
+            distinct, number = f"{safe}-{number}", number + 1
+        taken.add(distinct.casefold())
+        found.append(distinct)
+    return found
 
 
 def _as_json(translation: Translation) -> dict[str, Any]:
@@ -201,9 +217,8 @@ def _check(translation: Translation, backend: str | None, as_json: bool) -> int:
     disagreements = []
     asked = 0
     for policy in translation.policies.values():
-        kind = policy.categories[0].applies_to[0]
         labelled = [
-            (category.id, text, is_unsafe)
+            (category, text, is_unsafe)
             for category in policy.categories
             for is_unsafe, texts in ((True, category.examples), (False, category.allowed_examples))
             for text in texts
@@ -218,14 +233,14 @@ def _check(translation: Translation, backend: str | None, as_json: bool) -> int:
             }
         )
         guard = common.make_guard(policy=bare, backend=backend)
-        verdicts = guard.check_many(Content(kind, text) for _, text, _ in labelled)
+        verdicts = guard.check_many(Content(category.applies_to[0], text) for category, text, _ in labelled)
         asked += len(labelled)
         for (category, text, is_unsafe), verdict in zip(labelled, verdicts, strict=True):
             if verdict.label != ("unsafe" if is_unsafe else "safe"):
                 disagreements.append(
                     {
                         "policy": policy.name,
-                        "category": category,
+                        "category": category.id,
                         "text": text,
                         "expected": "unsafe" if is_unsafe else "safe",
                         "label": verdict.label,

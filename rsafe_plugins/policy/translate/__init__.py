@@ -49,11 +49,15 @@ class Translation:
         Raises:
             PolicyError: There is none, or there are several.
         """
-        found = [policy for policy in self.policies.values() if kind in policy.categories[0].applies_to]
+        found = [
+            policy
+            for policy in self.policies.values()
+            if any(kind in category.applies_to for category in policy.categories)
+        ]
         if len(found) != 1:
             have = ", ".join(policy.name for policy in found) or "none"
             raise PolicyError(f"Expected one policy for a {kind}, and there is {have}.")
-        return found[0]
+        return found[0].for_kind(kind)
 
 
 def translate(source: str | os.PathLike[str], *, format: Format | None = None) -> Translation:
@@ -91,7 +95,7 @@ def translate(source: str | os.PathLike[str], *, format: Format | None = None) -
 def _recognized(path: Path) -> Format:
     if path.is_dir():
         return "nemo"
-    text = files.read_text(path)
+    text = files.read_text(path).removeprefix("\ufeff")
     if path.suffix in (".yaml", ".yml", ".json") and _is_own(path, text):
         return "rsafe"
     if nemo.looks_like(path):
@@ -100,10 +104,10 @@ def _recognized(path: Path) -> Format:
         return "guardrails-ai"
     if names.looks_like(lines(text, path.name, "", 1)):
         return "names"
+    if not taxonomy.begins(text) and safeguard.looks_like(text):
+        return "gpt-oss-safeguard"
     if taxonomy.looks_like(text):
         return "taxonomy"
-    if safeguard.looks_like(text):
-        return "gpt-oss-safeguard"
     return "text"
 
 
@@ -118,7 +122,7 @@ def _is_own(path: Path, text: str) -> bool:
 
 
 def _read_text(path: Path, name: str, format: Format) -> tuple[list[Draft], list[Entry]]:
-    text = files.read_text(path)
+    text = files.read_text(path).removeprefix("\ufeff")
     draft = Draft(name, CONTENT_KINDS)
     pieces = lines(text, path.name, "", 1)
     if format == "guardrails-ai":
@@ -139,8 +143,11 @@ def _merged(drafts: list[Draft]) -> list[Draft]:
         policy = draft.policy()
         categories = [one.model_copy(update={"applies_to": CONTENT_KINDS}) for one in policy.categories]
         whole = policy.model_copy(update={"categories": categories})
-        if (first := found.get(whole.digest)) is None:
-            found[whole.digest] = draft
+        first = found.setdefault(whole.digest, draft)
+        if first is draft:
+            continue
+        if len(first.rules) != len(draft.rules):  # they differ in what is too much for a policy
+            found[f"{whole.digest} {draft.name}"] = draft
             continue
         first.kinds = tuple(kind for kind in CONTENT_KINDS if kind in (*first.kinds, *draft.kinds))
         for rule, other in zip(first.rules, draft.rules, strict=True):

@@ -36,7 +36,10 @@ _SAFETY: Mapping[str, tuple[str, str]] = {
     "shieldgemma-2b": ("Unsafe content", "Dangerous content, harassment, hate speech and sexual content."),
 }
 _NAMESPACES = re.compile(r"^(?:[\w.-]+/)?(?P<name>[\w.-]+)$")
-_LISTS = re.compile(r"[\"']([^\"']+)[\"']")
+_LISTS = re.compile(r"\"([^\"]+)\"|'([^']+)'")
+_NAMED = re.compile(r"\b(\w+) ?=\s*(\[[^\]]*\]|\"[^\"]*\"|'[^']*'|[^,\s]+)")
+_WORDS = re.compile(r"topic|word|entit|competitor|list|term|ban", re.IGNORECASE)
+_NUMBERS = re.compile(r"(?:[\d.]|true|false|none|sentence|full|\s)+", re.IGNORECASE)
 _VALIDATOR = re.compile(r"(?P<name>[\w./-]+)\s*(?::\s*(?P<arguments>\{[^}]*\}|\[[^\]]*\]|[^;]*))?")
 
 
@@ -95,8 +98,25 @@ def _validator(draft: Draft, name: str, arguments: str, piece: Piece) -> list[En
     if known is None:
         return [Entry(piece, reason="a validator that checks form or quality, not safety")]
     title, description = known
-    narrowed = [(value, piece) for value in _LISTS.findall(arguments)]
     rule = Rule(title, piece, description=description)
-    (rule.allows if title == "Off topic" else rule.covers).extend(narrowed)
+    for key, values in _arguments(arguments):
+        allows = title == "Off topic" and "invalid" not in key
+        (rule.allows if allows else rule.covers).extend((value, piece) for value in values)
     draft.rules.append(rule)
     return []
+
+
+def _arguments(text: str) -> list[tuple[str, list[str]]]:
+    """A validator's lists of words, with the name of each."""
+    inner = " ".join(text.split()).removeprefix("{").removesuffix("}")
+    named = _NAMED.findall(inner)
+    found = []
+    for key, value in named or [("", inner)]:
+        if named and not value.startswith("[") and not _WORDS.search(key):
+            continue  # a setting, such as a threshold or a device
+        words = [one or other for one, other in _LISTS.findall(value)]
+        if not words:
+            plain = (word.strip() for word in value.strip("[] ").split(","))
+            words = [word for word in plain if word and not _NUMBERS.fullmatch(word)]
+        found.append((key.casefold(), words))
+    return found

@@ -13,7 +13,14 @@ from rsafe_plugins.policy import files
 from rsafe_plugins.policy.model import ContentKind
 from rsafe_plugins.policy.translate import colang, plain, taxonomy
 from rsafe_plugins.policy.translate.pieces import Draft, Entry, Piece, Rule
-from rsafe_plugins.policy.translate.prose import add_sentence, forbids_something, lines, sentences
+from rsafe_plugins.policy.translate.prose import (
+    BULLET,
+    add_sentence,
+    forbids_something,
+    lines,
+    sentences,
+    unwrapped,
+)
 from rsafe_plugins.policy.translate.yaml_tree import Text, at, read_yaml, texts
 
 MOST_FILES = 2_000
@@ -39,6 +46,33 @@ _NOT_POLICY = {
     "self_check_hallucination": "checks for hallucination, which is no safety policy",
     "patronus_lynx_check_output_hallucination": "checks for hallucination, which is no safety policy",
 }
+# The keys of a config that say how it is run, and what stands beside a prompt's text.
+_SETTINGS = frozenset(
+    (
+        "models",
+        "colang_version",
+        "import_paths",
+        "imported_paths",
+        "rails",
+        "tracing",
+        "metrics",
+        "knowledge_base",
+        "docs",
+        "core",
+        "lowest_temperature",
+        "enable_multi_step_generation",
+        "enable_rails_exceptions",
+        "actions_server_url",
+        "streaming",
+        "passthrough",
+        "event_source_uid",
+        "prompting_mode",
+        "embedding_search_provider",
+    )
+)
+_SETTING_OF = re.compile(
+    r"prompts\[\d+\]\.(?!content|messages).*|prompts\[\d+\]\.messages\[\d+\]\.(?:type|role)|instructions\[\d+\]\.type"
+)
 _CONTROL = re.compile(r"\{[%#].*?[%#]\}", re.DOTALL)
 _PLACE = re.compile(r"\{\{.*?\}\}", re.DOTALL)
 
@@ -60,7 +94,7 @@ class Folder:
         self.colang: dict[str, str] = {}
         for name in names:
             shown = os.path.relpath(name, self.root)
-            text = files.read_text(name)
+            text = files.read_text(name).removeprefix("\ufeff")
             if name.suffix == _COLANG:
                 self.colang[shown] = text
             else:
@@ -106,7 +140,7 @@ def looks_like(path: Path) -> bool:
         return True
     if path.suffix not in _YAML:
         return False
-    data = read_yaml(files.read_text(path), path.name)
+    data = read_yaml(files.read_text(path).removeprefix("\ufeff"), path.name)
     return isinstance(data, Mapping) and bool(
         {"models", "rails", "prompts", "instructions", "colang_version", "import_paths"} & set(data)
         or isinstance(data.get("policies"), list)
@@ -134,6 +168,7 @@ def read(path: Path, name: str) -> tuple[list[Draft], list[Entry]]:
     others += _lists(folder, draft)
     others += _eval_policies(folder, draft)
     others += _colang(folder, draft)
+    others += _rest(folder, [*others, *(entry for one in drafts.values() for entry in one.entries())])
     return [one for one in drafts.values() if one.rules], [
         *others,
         *(Entry(piece) for one in drafts.values() if not one.rules for _, piece in one.exceptions),
@@ -141,6 +176,25 @@ def read(path: Path, name: str) -> tuple[list[Draft], list[Entry]]:
 
 
 Drafts = Callable[..., Draft]
+
+
+def _rest(folder: Folder, known: Sequence[Entry]) -> list[Entry]:
+    """The texts that nothing else was made of: settings, and what nobody knows."""
+    taken = {(entry.piece.file, entry.piece.key) for entry in known}
+    others = []
+    for file, data in folder.yaml.items():
+        for key, text in texts(data):
+            above = key.rpartition(".")[0]
+            if not text.strip() or not {(file, key), (file, above)}.isdisjoint(taken):
+                continue
+            first = re.split(r"[.\[]", key, maxsplit=1)[0]
+            is_setting = (
+                first in _SETTINGS or bool(_SETTING_OF.fullmatch(key)) or key.startswith("custom_data.rsafe.")
+            )
+            others.append(
+                Entry(Piece(str(text), file, text.line, key), reason="a setting" if is_setting else "")
+            )
+    return others
 
 
 def _prompts(folder: Folder, draft: Drafts) -> list[Entry]:
@@ -159,12 +213,12 @@ def _prompts(folder: Folder, draft: Drafts) -> list[Entry]:
         name, value = task["name"], task["value"] or ""
         if name in _SELF_CHECK:
             variant = value if task["parameter"] == "variant" else ""
-            others += plain.read(draft(_SELF_CHECK[name], variant), pieces)
+            others += plain.read(draft(_SELF_CHECK[name], variant), pieces, judge=True)
         elif name in _CATEGORIES:
             variant = "" if value in ("content_safety", "llama_guard") else value
             others += taxonomy.read(draft(_CATEGORIES[name], variant), pieces)
         elif name == "topic_safety_check_input":
-            _topics(draft("input", "topics", "T"), pieces)
+            others += _topics(draft("input", "topics", "T"), pieces)
         else:
             reason = _NOT_POLICY.get(name, f"the prompt of the task {name}, which states no policy")
             others += [Entry(piece, reason=reason) for piece in pieces]
@@ -186,7 +240,7 @@ def _contents(item: Any, key: str) -> list[tuple[str, Any]]:
 def _text_lines(text: Text, file: str, key: str) -> list[Piece]:
     """A prompt's lines without its template's logic. Whatever branch they stand in, they may be said."""
     _check_template(text, file, key)
-    plain_text = _CONTROL.sub("", text)
+    plain_text = _CONTROL.sub(lambda found: "\n" * found[0].count("\n"), text)
     return lines(plain_text, file, key, text.line)
 
 
@@ -205,29 +259,42 @@ def _check_template(text: Text, file: str, key: str) -> None:
         ) from None
 
 
-def _topics(draft: Draft, pieces: Sequence[Piece]) -> None:
-    """A description of what is on topic: all else is off."""
-    said = [piece for piece in pieces if not _PLACE.fullmatch(piece.text)]
+def _topics(draft: Draft, pieces: Sequence[Piece]) -> list[Entry]:
+    """A description of what is on topic: all else is off, and what it forbids is forbidden."""
+    others: list[Entry] = []
+    said: list[Piece] = []
+    for piece in unwrapped(pieces):
+        if not _PLACE.sub("", piece.text).strip():
+            others.append(Entry(piece, reason="where what is judged is put"))
+            continue
+        for sentence in sentences(piece.text):
+            part = Piece(sentence, piece.file, piece.line, piece.key)
+            if forbids_something(sentence, strictly=True):
+                others += add_sentence(draft, part)
+            else:
+                said.append(part)
     if said:
         whole = " ".join(one.text for one in said)
         description = f"What isn't covered by this: {whole}"
-        draft.rules.append(Rule("Off topic", said[0], description=description, more=list(said[1:])))
+        draft.rules.insert(0, Rule("Off topic", said[0], description=description, more=list(said[1:])))
+    return others
 
 
 def _instructions(folder: Folder, draft: Drafts) -> list[Entry]:
     others: list[Entry] = []
     for file, key, item in folder.lists("instructions"):
         content = at(item, "content")
-        for piece in _text_lines(content, file, f"{key}.content") if isinstance(content, Text) else ():
-            for sentence in sentences(piece.text):
+        pieces = _text_lines(content, file, f"{key}.content") if isinstance(content, Text) else []
+        for piece in unwrapped(pieces):
+            for sentence in sentences(BULLET.sub("", piece.text)):
                 part = Piece(sentence, piece.file, piece.line, piece.key)
                 if forbids_something(sentence):
-                    add_sentence(draft("output", "instructions", "G"), part)
+                    others += add_sentence(draft("output", "instructions", "G"), part)
                 else:
                     others.append(Entry(part, reason="an instruction to the main model"))
     for file, data in folder.yaml.items():
         if isinstance(sample := at(data, "sample_conversation"), Text):
-            piece = Piece(sample.strip().split("\n")[0], file, sample.line, "sample_conversation")
+            piece = Piece(sample.strip(), file, sample.line, "sample_conversation")
             others.append(Entry(piece, reason="a sample conversation for the main model"))
     return others
 
@@ -285,6 +352,6 @@ def _colang(folder: Folder, draft: Drafts) -> list[Entry]:
         version = "1.0" if any(defines) else "2.x"
     for file, text in folder.colang.items():
         colang.parse(text, file, version, flows)
-    if not flows.intents and not flows.says:
+    if not (flows.intents or flows.says or flows.answers):
         return []
     return colang.refusals(draft("dialog", prefix="R"), flows)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from pydantic import ValidationError
+
+from rsafe_plugins.errors import PolicyError
 from rsafe_plugins.policy.model import (
     CONTENT_KINDS,
     MAX_CATEGORIES,
@@ -26,12 +30,14 @@ class Piece:
         file: The file it stands in, as the source names it.
         line: The line there, from 1; 0 where the format has no lines.
         key: Where in the file's data, such as `prompts[0].content`; empty where the file is text.
+        indent: How far it is indented.
     """
 
     text: str
     file: str
     line: int = 0
     key: str = ""
+    indent: int = field(default=0, compare=False)
 
     @property
     def place(self) -> str:
@@ -113,15 +119,27 @@ class Draft:
     prefix: str = "C"
 
     def policy(self) -> Policy:
-        """The finished policy."""
+        """The finished policy.
+
+        Raises:
+            PolicyError: It has text that no policy can have, such as control characters.
+        """
+        try:
+            return self._policy()
+        except ValidationError as error:
+            said = str(error.errors(include_url=False)[0]["msg"])
+            first = self.rules[0].piece.place if self.rules else self.name
+            raise PolicyError(f"{first}: no policy can be made of this or of what follows: {said}.") from None
+
+    def _policy(self) -> Policy:
         identifiers = _identifiers(self.rules, self.prefix)
-        names = _distinct([_short(rule.name) for rule in self.rules])
+        names = _distinct([_short(rule.name) for rule in self.rules], " ({})", MAX_NAME_LENGTH)
         shared = [text for text, _ in self.exceptions]
         categories = [
             Category(
                 id=identifier,
                 name=name,
-                description=rule.description,
+                description=_description(rule),
                 covers=_texts(rule.covers),
                 allows=tuple(dict.fromkeys([*_texts(rule.allows), *shared])),
                 examples=_texts(rule.examples),
@@ -143,7 +161,7 @@ class Draft:
             zip(self.rules, _identifiers(self.rules, self.prefix), strict=True)
         ):
             if number >= MAX_CATEGORIES:
-                found.append(Entry(rule.piece))
+                found += [Entry(piece) for piece in rule.pieces]
                 continue
             where = f"{self.name} {identifier}"
             found += [Entry(piece, where) for piece in (rule.piece, *rule.more)]
@@ -157,29 +175,35 @@ def _texts(pairs: Iterable[tuple[str, Piece]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for text, _ in pairs if text.strip()))
 
 
+def _description(rule: Rule) -> str:
+    """A rule's description; with its name, where that is too long for a name."""
+    line = " ".join(rule.name.split())
+    if len(line) <= MAX_NAME_LENGTH or line.casefold() in rule.description.casefold():
+        return rule.description
+    return f"{line}. {rule.description}".strip()
+
+
 def _identifiers(rules: Sequence[Rule], prefix: str) -> list[str]:
     """An id for each rule: its own where it can be one, else the next number."""
-    taken: set[str] = set()
     found = []
     for number, rule in enumerate(rules, 1):
         own = re.sub(r"[\s,;<>{}\[\]\\|\u00a6]+", "-", rule.id).strip("-")[:MAX_ID_LENGTH]
-        candidate = own if own and own.isprintable() else f"{prefix}{number}"
-        again = 2
-        identifier = candidate
-        while identifier.casefold() in taken:
-            identifier, again = f"{candidate[: MAX_ID_LENGTH - 4]}-{again}", again + 1
-        taken.add(identifier.casefold())
-        found.append(identifier)
-    return found
+        found.append(own if own and own.isprintable() else f"{prefix}{number}")
+    return _distinct(found, "-{}", MAX_ID_LENGTH)
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
+def _distinct(texts: Sequence[str], form: str, most: int) -> list[str]:
+    """The same texts, with a number where one was there before."""
     taken: set[str] = set()
+    following: dict[str, int] = {}
     found = []
-    for name in names:
-        again, distinct = 2, name
+    for text in texts:
+        line = distinct = " ".join(unicodedata.normalize("NFC", text).split())
+        again = following.get(line.casefold(), 2)
         while distinct.casefold() in taken:
-            distinct, again = f"{name[: MAX_NAME_LENGTH - 6]} ({again})", again + 1
+            number = form.format(again)
+            distinct, again = f"{line[: most - len(number)]}{number}", again + 1
+        following[line.casefold()] = again
         taken.add(distinct.casefold())
         found.append(distinct)
     return found
@@ -187,7 +211,7 @@ def _distinct(names: Sequence[str]) -> list[str]:
 
 def _short(name: str) -> str:
     """A name of at most as many characters as a name may have, cut between words."""
-    line = " ".join(name.split()) or "unnamed"
+    line = " ".join(unicodedata.normalize("NFC", name).split()) or "unnamed"
     if len(line) <= MAX_NAME_LENGTH:
         return line
     return line[:MAX_NAME_LENGTH].rsplit(" ", 1)[0][:MAX_NAME_LENGTH]

@@ -6,45 +6,189 @@ import re
 from collections.abc import Sequence
 
 from rsafe_plugins.policy.translate.pieces import Draft, Entry, Piece
-from rsafe_plugins.policy.translate.prose import BULLET, add_sentence, is_rule
+from rsafe_plugins.policy.translate.prose import BULLET, Says, add_sentence, is_rule, sentences, unwrapped
 
-HEADING = re.compile(r"^\s{0,3}#{1,6}\s+(?P<title>.+?)\s*#*\s*$|^\s*\*\*(?P<bold>[^*]+)\*\*:?\s*$")
-_ALLOWED = re.compile(
-    r"\b(?:allow(?:ed)?|permitted|acceptable|ok(?:ay)?|exceptions?|safe|do'?s|may)\b", re.IGNORECASE
+_HASHES = re.compile(r"\s{0,3}(?P<hashes>#{1,6})\s+(?=[^\s#])")
+_LINE = re.compile(r"(?:={3,}|-{3,}|_{3,}|\*{3,})\s*$")
+_MOST_TITLE = 120
+_BOLD_LEVEL = 7
+
+
+def _form(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern, re.IGNORECASE)
+
+
+_GOOD = _form(
+    r"\b(?:allow\w*|permit\w*|permissible|acceptable|ok(?:ay)?|fine|exceptions?|do'?s)\b|\b(?:may|can)\s*:?\s*$|"
+    r"^(?:what\s+)?(?:the\s+)?(?:users?|bots?|you|we|they|messages?|assistants?|models?)\s+(?:may|can)\b"
 )
-_FORBIDDEN = re.compile(
-    r"\b(?:not\s+allowed|forbidden|prohibited|disallowed|banned|unsafe|violat\w+|blocked?|must\s+not|should\s+not|"
-    r"never|don'?ts|unacceptable|restricted|not\s+permitted)\b",
-    re.IGNORECASE,
+_SAFE = _form(r"^\W*safe(?:\s+(?:content|messages?))?\s*(?:\([^)]*\))?\W*$")
+_BAD = _form(
+    r"\b(?:forbid\w*|prohibit\w*|disallow\w*|banned|bans?|unsafe|violat\w+|block\w*|refus\w+|reject\w*|restrict\w*|"
+    r"unacceptable|don['\u2019]?ts)\b"
+)
+_NEGATION = _form(
+    r"\b(?:not|never|no|non(?=[\s-]*violat)|cannot|nothing)\b|n['\u2019]t\b|\b(?:dont|cant|isnt|arent|wont)\b"
+)
+_EXCEPT = _form(r"\b(?:except|unless|other\s+than|apart\s+from)\b")
+_MUST = _form(r"\b(?:should|must|shall|needs?\s+to|ha(?:s|ve)\s+to|always|required?)\b|^\W*do\W*$")
+_RULES = _form(r"\b(?:polic(?:y|ies)|rules?|guidelines?)\b")
+_JUDGE = _form(
+    r"^(?:your\s+(?:task|job|role)\s+(?:is|will)\b|"
+    r"your\s+(?:answer|response|reply|output)\s+(?:must|should|shall|will|can|may)\b.*\b(?:yes|no|safe|unsafe|json|words?)\b|"
+    r"(?:please\s+)?(?:only\s+|always\s+)?(?:answer|respond|reply|output|return)\b.*"
+    r"\b(?:yes|no|safe|unsafe|json|words?|only|true|false)\b|"
+    r"(?:please\s+)?(?:do\s+not|don['\u2019]?t|never)\s+(?:explain|justify|elaborate|"
+    r"(?:provide|give|add|include|output)\s+(?:an\s+|any\s+|your\s+)?(?:explanations?|reason\w*|anything|other))\b|"
+    r"(?:if|when)\b.*\b(?:answer|respond|reply|output|return|say)\s+(?:only\s+)?(?:with\s+)?"
+    r"[\"'\u201c]?(?:yes|no|safe|unsafe|block|allow|true|false|0|1)\b)"
 )
 
 
-def read(draft: Draft, pieces: Sequence[Piece]) -> list[Entry]:
+def heading(line: str) -> tuple[str, int] | None:
+    """A markdown heading's title and level; bold lines are the deepest."""
+    if found := _HASHES.match(line):
+        return line[found.end() :].rstrip().rstrip("#").rstrip(), len(found["hashes"])
+    bold = line.strip().removesuffix(":").rstrip()
+    if len(bold) > 4 and bold.startswith("**") and bold.endswith("**") and "*" not in bold[2:-2]:
+        return bold[2:-2].strip(), _BOLD_LEVEL
+    return None
+
+
+def polarity(title: str) -> Says:
+    """What a heading says of what stands under it; a negated one forbids."""
+    line = " ".join(title.split())
+    is_good = bool(_GOOD.search(line) or _SAFE.match(line))
+    is_bad = bool(_BAD.search(line))
+    negations = len(_NEGATION.findall(line))
+    is_reversed = bool(_EXCEPT.search(line))
+    if negations > 1 or (is_good and is_bad):
+        return "unsure"
+    if is_good and not negations and not is_reversed and _RULES.search(line):
+        return ""  # an acceptable use policy says what is not acceptable
+    if is_good or is_bad:
+        flips = negations + is_reversed
+        return "allows" if is_good == (flips % 2 == 0) else "forbids"
+    if negations:
+        return "allows" if is_reversed else "forbids"
+    if is_reversed:
+        return "allows"
+    return "demands" if _MUST.search(line) else ""
+
+
+def read(draft: Draft, pieces: Sequence[Piece], *, judge: bool = False) -> list[Entry]:
     """Adds bullets, and lines that forbid, allow or demand something.
+
+    Args:
+        draft: Where they go.
+        pieces: The lines.
+        judge: Whether they are a prompt, in which a model that judges is told what to answer.
 
     Returns:
         What is none of them.
     """
     others: list[Entry] = []
-    forbids: bool | None = None
+    says: Says = ""
+    lead = ""
+    seen = False  # a bullet in this section
+    # Bullets that end with a colon: their indent, what they say, how they begin, and the rule they are.
+    nested: list[tuple[int, Says, str, int | None]] = []
+    pieces = unwrapped(pieces)
     has_bullets = any(BULLET.match(piece.text) for piece in pieces)
-    for piece in pieces:
-        heading = HEADING.match(piece.text)
-        title = (heading["title"] or heading["bold"]) if heading else _title(piece.text)
-        if title is not None:
-            forbids = True if _FORBIDDEN.search(title) else False if _ALLOWED.search(title) else None
+    for number, piece in enumerate(pieces):
+        following = pieces[number + 1] if number + 1 < len(pieces) else None
+        is_bullet = bool(BULLET.match(piece.text))
+        if _LINE.match(piece.text):
+            others.append(Entry(piece, reason="a line between sections"))
+            continue
+        if is_bullet:
+            while nested and piece.indent <= nested[-1][0]:
+                nested.pop()
+            _, inner, begins, at = nested[-1] if nested else (0, says, lead, None)
+            seen = True
+            if piece.text.rstrip().endswith(":"):
+                found, entries = _introduction(draft, piece, inner, begins)
+                others += entries
+                nested.append((piece.indent, *found))
+            elif at is not None and inner == "allows":
+                draft.rules[at].allows.append((_bare(piece.text), piece))
+            else:
+                others += add_sentence(draft, piece, says=inner, lead=begins)
+            continue
+        nested.clear()
+        if (title := _title(piece, following)) is not None:
+            says, lead, seen = polarity(title), title if title.endswith(":") else "", False
+            if says == "demands":
+                lead = title
             others.append(Entry(piece, reason="a heading"))
-        elif BULLET.match(piece.text) or (not has_bullets and is_rule(piece.text)):
-            add_sentence(draft, piece, forbids=forbids)
-        elif is_rule(piece.text):
-            add_sentence(draft, piece)
-        else:
-            others.append(Entry(piece, reason="neither forbids, allows nor demands anything"))
+            continue
+        for part in _parts(piece, judge):
+            if judge and _JUDGE.match(part.text):
+                others.append(Entry(part, reason="an instruction to the model that judges"))
+            elif is_rule(part.text):
+                # Between bullets a rule is one by its own words; without any, its heading may say what it is.
+                others += add_sentence(draft, part, says="" if has_bullets else says)
+                if has_bullets:
+                    says, lead = "", ""
+            else:
+                # Under a heading that forbids or allows, and no bullet: nobody knows whether it belongs there.
+                is_unknown = bool(says) and not has_bullets and not judge
+                reason = "" if is_unknown else "neither forbids, allows nor demands anything"
+                others.append(Entry(part, reason=reason))
+                if seen and says == "allows":
+                    says = "unsure"
     return others
 
 
-def _title(text: str) -> str | None:
-    """A line that ends with a colon introduces what follows."""
-    stripped = text.strip()
-    is_title = stripped.endswith(":") and not BULLET.match(text) and len(stripped) < 120
-    return stripped if is_title else None
+def _parts(piece: Piece, judge: bool) -> list[Piece]:
+    """A line's sentences where some of them may be for the model that judges; else the line."""
+    if not judge or not any(_JUDGE.match(sentence) for sentence in sentences(piece.text)):
+        return [piece]
+    return [Piece(one, piece.file, piece.line, piece.key) for one in sentences(piece.text)]
+
+
+def _bare(text: str) -> str:
+    return BULLET.sub("", text).strip().rstrip(" .;")
+
+
+def _introduction(
+    draft: Draft, piece: Piece, says: Says, lead: str
+) -> tuple[tuple[Says, str, int | None], list[Entry]]:
+    """What a bullet that ends with a colon says of those under it, and where itself goes."""
+    text = " ".join(_bare(piece.text).split())
+    own = polarity(text)
+    if found := _EXCEPT.search(text):
+        before = text[: found.start()].rstrip(" ,(")
+        if before and is_rule(before):
+            count = len(draft.rules)
+            entries = add_sentence(draft, piece, says=says, lead=lead, text=before)
+            is_one = len(draft.rules) == count + 1
+            entries += [] if is_one or entries else [Entry(piece, reason="a heading")]
+            inner: Says = "allows" if is_one else own
+            return (inner, "" if is_one else text, count if is_one else None), entries
+    if own:
+        return (own, text, None), [Entry(piece, reason="a heading")]
+    entries = add_sentence(draft, piece, says=says, lead=lead, text=text.rstrip(":"))
+    return (says, lead, None), entries
+
+
+def _title(piece: Piece, following: Piece | None) -> str | None:
+    """What introduces the lines below it: a heading, or a short line with a colon, a line under it, or bullets."""
+    if found := heading(piece.text):
+        return found[0]
+    text = piece.text.strip()
+    if len(text) >= _MOST_TITLE:
+        return None
+    if text.endswith(":"):
+        return text
+    if following is None or following.line - piece.line > 2:
+        return None
+    if _LINE.match(following.text) and following.line == piece.line + 1:
+        return text
+    is_short = len(text.split()) <= 8 and text[-1] not in ".!?,;"
+    is_above = bool(BULLET.match(following.text))
+    return text if is_short and is_above and polarity(text) and _incomplete(text) else None
+
+
+def _incomplete(text: str) -> bool:
+    return not is_rule(text) or not re.search(r"\b(?:is|are|must|should|may|can)\b.*\w+\s+\w", text)

@@ -3,72 +3,159 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
 
-from rsafe_plugins.policy.translate.pieces import Draft, Piece, Rule
+from rsafe_plugins.policy.translate.pieces import Draft, Entry, Piece, Rule
 
-BULLET = re.compile(r"^\s*(?:[-*+\u2022\u2013]|\d{1,3}[.)])\s+(?=\S)")
-
-_SUBJECT = r"(?:(?:the\s+)?(?:users?|bots?|assistants?|(?:ai\s+)?models?|agents?|ai|employees?|customers?)?(?:'s)?\s*)"
-_WHAT = (
-    r"(?:(?:messages?|responses?|answers?|outputs?|inputs?|content|requests?|queries|text|it|they|you)\s+)?"
+BULLET = re.compile(
+    r"^\s*(?:[-*+\u2022\u2013\u2014\u25cf\u25e6\u25aa\u2023\u00b7]|\(?\d{1,3}[.)]|\(?[a-z]\))\s+(?=\S)"
 )
+Says = Literal["", "forbids", "allows", "demands", "unsure"]
+
+_APOSTROPHE = "['\u2019]"
+_SUBJECT = (
+    r"(?:(?:the\s+)?(?:users?|(?:chat)?bots?|assistants?|(?:ai\s+)?models?|agents?|ai|employees?|customers?)?"
+    rf"(?:{_APOSTROPHE}s|s{_APOSTROPHE})?\s*)"
+)
+_CONTENT = (
+    r"(?:messages?|responses?|answers?|outputs?|inputs?|content|requests?|queries|texts?|posts?|comments?)"
+)
+_WHAT = rf"(?:(?:{_CONTENT}|it|they|you|we|everyone|anyone)\s+)?"
 _NOT = (
-    r"(?:should\s+not|shouldn['\u2019]?t|must\s+not|mustn['\u2019]?t|may\s+not|can\s*not|cannot|can['\u2019]?t|"
-    r"do(?:es)?\s+not|do(?:es)?n['\u2019]?t|is\s+not\s+allowed\s+to|are\s+not\s+allowed\s+to|not\s+allowed\s+to|never|"
-    r"should\s+never|must\s+never|refuse\s+to)"
+    r"(?:(?:should|must|may|can|could|shall|will|would|do|does)\s+(?:not|never)|cannot|"
+    rf"(?:ca|wo|sha|must|should|could|would|do|does)n{_APOSTROPHE}?t|never|refuse\s+to|"
+    rf"(?:(?:is|are)\s+(?:not|never)|(?:is|are)n{_APOSTROPHE}?t|not)\s+(?:allowed|permitted|supposed)\s+to|"
+    r"(?:is|are)\s+(?:forbidden|prohibited)\s+to)"
 )
-_WITHOUT = re.compile(
-    r"^(?:please\s+)?(?:avoid|refrain\s+from|no|keep\s+away\s+from)\b\s+(?P<what>.+)",
-    re.IGNORECASE | re.DOTALL,
-)
-_FORBIDS = re.compile(
-    rf"^{_SUBJECT}{_WHAT}(?:are\s+|is\s+)?{_NOT}\b\s+(?P<what>.+)", re.IGNORECASE | re.DOTALL
-)
-_FORBIDDEN = re.compile(
-    r"^(?P<what>.+?)\s+(?:is|are)\s+(?:strictly\s+)?(?:forbidden|prohibited|banned|not\s+(?:allowed|permitted|ok(?:ay)?))\b",
-    re.IGNORECASE | re.DOTALL,
-)
-_ALLOWS = re.compile(
-    rf"^(?:{_SUBJECT}{_WHAT}(?:may|can|is\s+allowed\s+to|are\s+allowed\s+to)|"
-    r"it(?:['\u2019]s|\s+is)?\s+(?:ok(?:ay)?|fine|allowed|acceptable|permitted)(?:\s+(?:to|for|if|that|when))?|"
-    r"(?:allowed|permitted|acceptable|ok(?:ay)?)\s*:?(?:\s+to)?)\b\s*(?P<what>.+)",
-    re.IGNORECASE | re.DOTALL,
-)
-_ALLOWED = re.compile(
-    r"^(?P<what>.+?)\s+(?:is|are)\s+(?:ok(?:ay)?|fine|allowed|permitted|acceptable)\s*\.?$",
-    re.IGNORECASE | re.DOTALL,
-)
-_MUST = re.compile(r"\b(?:should|must|needs?\s+to|has\s+to|have\s+to|always|only)\b", re.IGNORECASE)
+_OK = r"(?:ok(?:ay)?|fine|allowed|acceptable|permitted)"
+_IS = rf"(?:is|are|it{_APOSTROPHE}s)"
+_IS_NOT = rf"(?:{_IS}\s+(?:not|never)|(?:is|are)n{_APOSTROPHE}?t)"
+_BANNED = r"(?:forbidden|prohibited|banned|disallowed|unacceptable)"
+_BLOCKED = r"(?:blocked|rejected|refused|flagged|declined)"
+_BLOCK = r"(?:block|reject|refuse|flag|forbid|ban|decline)"
+_REST = r"\b(?P<rest>.*)$"
 
 
-def add_sentence(draft: Draft, piece: Piece, *, forbids: bool | None = None) -> None:
+def _form(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern, re.IGNORECASE)
+
+
+_NEGATED_BAN = _form(
+    rf"^(?:(?P<what>.+?)\s+)?(?:{_IS_NOT}\s+(?:{_BANNED}|{_BLOCKED})|"
+    rf"(?:(?:should|must|need|shall|will|may|can)\s+(?:not|never)|cannot|(?:should|must|need|wo|ca)n{_APOSTROPHE}?t)"
+    rf"\s+be\s+(?:{_BANNED}|{_BLOCKED})){_REST}"
+)
+_NOTHING_BANNED = _form(rf"^(?:nothing|no\s+\w+)\s+(?:is|are)\s+(?:{_BANNED}|{_BLOCKED}){_REST}")
+_NEED_NOT_BLOCK = _form(
+    rf"^(?:please\s+)?(?:(?:there\s+is\s+)?no\s+need\s+to|do\s+not|don{_APOSTROPHE}?t|never)\s+{_BLOCK}\s+(?P<what>.+)$"
+)
+_NOT_OK_TO = _form(
+    rf"^(?:(?:it|this|that)\s+)?(?:{_IS_NOT}\s+{_OK}|not\s+{_OK}|(?:it{_APOSTROPHE}s|is)\s+{_BANNED})"
+    r"\s+(?:for\s+\w+\s+)?to\s+(?P<what>.+)$"
+)
+_FORBIDS = _form(rf"^(?:please\s+)?{_SUBJECT}{_WHAT}{_NOT}\s+(?:ever\s+)?(?P<what>\S.*)$")
+_NOBODY_MAY = _form(
+    rf"^(?:nobody|no\s+one|no\s+(?:users?|bots?|{_CONTENT}))\s+(?:may|can|should|must|shall)\s+(?P<what>.+)$"
+)
+_NONE_ALLOWED = _form(rf"^no\s+(?P<what>.+?)\s+(?:is|are)\s+{_OK}{_REST}")
+_FORBIDDEN = _form(
+    rf"^(?P<what>.+?)\s+(?:(?:{_IS}\s+)?(?:strictly\s+)?{_BANNED}|{_IS_NOT}\s+(?:{_OK}|tolerated)){_REST}"
+)
+_LISTED = _form(rf"^(?:not\s+{_OK}|{_BANNED})\s*:\s*(?P<what>.+)$")
+_TO_BLOCK = _form(
+    r"^(?P<what>.+?)\s+(?:(?:must|should|shall|will|needs?\s+to|ha(?:ve|s)\s+to|(?:is|are)\s+to)\s+(?:always\s+)?be|"
+    rf"(?:is|are)(?:\s+always)?)\s+(?:{_BLOCKED}|{_BANNED}){_REST}"
+)
+_WITHOUT = _form(r"^(?:please\s+)?(?:avoid|refrain\s+from|no|keep\s+away\s+from)\s+(?P<what>.+)$")
+_BLOCKS = _form(
+    rf"^(?:please\s+|always\s+)?{_BLOCK}\s+\S|^(?:if|when)\b.*\b(?:then|,)\s*(?:please\s+)?{_BLOCK}\b"
+)
+_ALLOWED = _form(rf"^(?P<what>.+?)\s+{_IS}\s+{_OK}{_REST}")
+_ALLOWS = _form(
+    rf"^(?:{_SUBJECT}{_WHAT}(?:may|can|(?:is|are)\s+(?:allowed|permitted|free|welcome)\s+to|feel\s+free\s+to)|"
+    rf"it(?:{_APOSTROPHE}s|\s+is)?\s+{_OK}(?:\s+(?:to|for|if|that|when))?|"
+    rf"{_OK}\s*:?(?:\s+to)?)(?:\s+|(?<=:))(?P<what>\S.*)$"
+)
+_MUST = _form(r"\b(?:should|must|shall|needs?\s+to|has\s+to|have\s+to|always|only)\b")
+_NEGATES = _form(
+    rf"\b(?:not|never|cannot|nobody|forbid\w*|prohibit\w*|ban(?:s|ned)?|disallow\w*|unacceptable|tolerate[sd]?)\b|"
+    rf"n{_APOSTROPHE}t\b"
+)
+_FORBIDS_WITHIN = _form(
+    rf"\b(?:(?:must|should|may|shall)\s+(?:not|never)|(?:must|should)n{_APOSTROPHE}t|never|not\s+{_OK}|{_BANNED})\b"
+)
+# With one of these, a permission says more than that something is allowed.
+_DOUBT = _form(
+    rf"\b(?:but|only|never|unless|except\w*|however|although|though|(?:as|so)\s+long\s+as|must|cannot|"
+    rf"(?:should|may|can|shall|will|do|does|is|are)\s*not|{_BANNED}|{_BLOCKED})\b|n{_APOSTROPHE}t\b|[.!?;]\s+\S"
+)
+# With one of these, a prohibition says more than that something is forbidden.
+_MORE = _form(
+    rf"\b(?:but|however|although|though|may|must|should|(?:is|are)\s+{_OK})\b|[.!?;]\s+[A-Z\"']|^(?:only|just)\b|"
+    r"^(?:hesitate|be\s+afraid|worry|mind|need|have\s+to)\b"
+)
+_NO_THING = _form(
+    r"^(?:if|when|whenever|unless|because|it|this|that|these|those|they|there|what|not|nothing|none|no|one|need|"
+    r"problem\w*|restriction\w*|exceptions?|"
+    rf"everything|anything|users?|bots?|(?:the|a|an)\s+(?:users?|bots?|{_CONTENT})$|{_CONTENT}$)\b"
+)
+_MESSAGES = _form(
+    rf"^(?:(?:any|all)\s+)?{_CONTENT}\s+(?:(?:that|which)\s+(?:(?:contain|include|use|share|have)s?\s+)?|"
+    r"(?:with|containing|about)\s+)(?:any\s+)?"
+)
+_ALL = _form(r"^(?:everything|anything|all)\b(?!\s+(?:kinds|sorts)\b)")
+
+
+def add_sentence(
+    draft: Draft, piece: Piece, *, says: Says = "", lead: str = "", text: str = ""
+) -> list[Entry]:
     """Adds a rule that is written as a sentence.
 
     A prohibition becomes a category, a permission an exception of all of the draft's categories, and a duty a category
-    that holds what breaks it.
+    that holds what breaks it. So does a sentence that is more than one of them: it is kept whole.
 
     Args:
         draft: Where it goes.
         piece: The sentence.
-        forbids: Whether its heading says that what follows is forbidden (True) or allowed (False); None where
-            the sentence must say it itself.
+        says: What its heading says of what follows; empty where the sentence must say it itself.
+        lead: How the heading begins the sentence, such as `Users may not:`.
+        text: What of the piece is the sentence; all of it, unless given.
+
+    Returns:
+        What is no rule, or where nobody knows whether it forbids or allows.
     """
-    text = BULLET.sub("", piece.text).strip().strip('"').rstrip(" .;")
+    text = _plain(text or piece.text)
     if not text:
-        return
-    if found := _FORBIDDEN.match(text) or _WITHOUT.match(text):
-        draft.rules.append(_unwanted(found["what"], piece))
-    elif found := _FORBIDS.match(text):
-        draft.rules.append(_forbidden(found["what"], piece))
-    elif found := _ALLOWED.match(text) or _ALLOWS.match(text):
-        draft.exceptions.append((found["what"].strip(), piece))
-    elif forbids is False:
-        draft.exceptions.append((text, piece))
-    elif _MUST.search(text) and forbids is None:
-        draft.rules.append(Rule(_capital(text), piece, description=f"What breaks this rule: {text}."))
+        return [Entry(piece, reason="a line without words")]
+    form, what = _reading(text)
+    if form == "allows" and says == "forbids":
+        form = "whole"  # they contradict each other
+    whole = f"{lead} {text}".strip()
+    if form == "unknown":
+        return [Entry(piece)]
+    if form == "does":
+        draft.rules.append(_forbidden(what, piece))
+    elif form == "has":
+        draft.rules.append(_unwanted(what, piece))
+    elif form == "allows":
+        draft.exceptions.append((what, piece))
+    elif form == "whole":
+        draft.rules.append(_whole(text, text, piece))
+    elif says == "allows":
+        if _DOUBT.search(text):
+            draft.rules.append(_whole(text, f"this is allowed: {text}", piece))
+        else:
+            draft.exceptions.append((text, piece))
+    elif says == "unsure":
+        return [Entry(piece)]
+    elif says == "demands" or (says == "forbids" and lead):
+        draft.rules.append(_whole(text, whole, piece))
+    elif form == "demands" and not says:
+        draft.rules.append(_whole(text, text, piece))
     else:
-        draft.rules.append(Rule(_capital(text), piece, description=""))
+        draft.rules.append(Rule(_capital(text), piece))
+    return []
 
 
 def is_rule(text: str) -> bool:
@@ -76,13 +163,78 @@ def is_rule(text: str) -> bool:
     line = text.strip()
     if line.endswith("?") or "{{" in line:
         return False  # asks the model that judges, or shows it what is judged
-    forms = (_FORBIDDEN.match, _WITHOUT.match, _FORBIDS.match, _ALLOWED.match, _ALLOWS.match, _MUST.search)
-    return any(form(line) for form in forms)
+    return bool(_reading(_plain(line))[0])
 
 
-def forbids_something(text: str) -> bool:
-    """Whether a sentence forbids something."""
-    return bool(_FORBIDDEN.match(text.strip()) or _FORBIDS.match(text.strip()))
+def forbids_something(text: str, *, strictly: bool = False) -> bool:
+    """Whether a sentence forbids something; strictly, if it does nothing else."""
+    line = _plain(text)
+    form = _reading(line)[0]
+    if strictly or form != "demands":
+        return form in (("does", "has") if strictly else ("does", "has", "whole"))
+    return bool(_FORBIDS_WITHIN.search(line))
+
+
+def _plain(text: str) -> str:
+    return BULLET.sub("", " ".join(text.split())).strip('" ').rstrip(" .;!")
+
+
+def _reading(text: str) -> tuple[str, str]:
+    """What a sentence does, and to what.
+
+    `does` and `has` forbid, `allows` allows, `demands` demands or is not understood, `whole` does several of it.
+    """
+    if found := _NEGATED_BAN.match(text):
+        what, rest = found["what"] or "", found["rest"].strip()
+        if re.match(r"(?:it|this|that)\Z", what, re.IGNORECASE) and rest.startswith("to "):
+            return _permission(rest[3:])
+        return _permission(rest if _NO_THING.match(what) and rest else f"{what} {rest}".strip())
+    if found := _NOTHING_BANNED.match(text):
+        return _permission(text, "but" if not found["rest"].strip() else found["rest"])
+    if found := _NEED_NOT_BLOCK.match(text):
+        return _permission(re.sub(r"^to\s+", "", found["what"]))
+    if found := _NOT_OK_TO.match(text) or _FORBIDS.match(text) or _NOBODY_MAY.match(text):
+        what = found["what"]
+        if re.match(rf"{_BLOCK}\b", what, re.IGNORECASE) or _MORE.search(what):
+            return "whole", text
+        if allowed := re.match(
+            r"(?:allow|permit|tolerate|accept)\s+(?!\w+\s+to\b)(?P<what>.+)", what, re.IGNORECASE
+        ):
+            return "has", allowed["what"]
+        return "does", what
+    if found := (
+        _LISTED.match(text)
+        or _NONE_ALLOWED.match(text)
+        or _FORBIDDEN.match(text)
+        or _TO_BLOCK.match(text)
+        or _WITHOUT.match(text)
+    ):
+        what, rest = found["what"], found.groupdict().get("rest", "") or ""
+        if rest.strip() or _NO_THING.match(what) or _MORE.search(what) or _is_ok(what):
+            return "whole", text
+        return "has", what
+    if _BLOCKS.match(text):
+        return "whole", text
+    if found := _ALLOWS.match(text):
+        # What may be done to somebody is nothing without who it is.
+        return _permission(text if found["what"].startswith("be ") else found["what"])
+    if found := _ALLOWED.match(text):
+        what, rest = found["what"], found["rest"].strip()
+        if _ALL.match(what) and not rest:
+            return "unknown", text  # nobody means by it that nothing is forbidden
+        if re.match(r"if\b|when\b", what, re.IGNORECASE):
+            return "demands", text
+        return _permission(f"{what} {rest}".strip(), "but" if _NO_THING.match(what) else f"{what} {rest}")
+    return ("demands", text) if _MUST.search(text) or _NEGATES.search(text) else ("", text)
+
+
+def _permission(what: str, doubtful: str | None = None) -> tuple[str, str]:
+    is_doubtful = _DOUBT.search(what if doubtful is None else doubtful) or _ALL.match(what)
+    return ("whole" if is_doubtful else "allows"), what
+
+
+def _is_ok(what: str) -> bool:
+    return bool(re.search(rf"\b{_IS}\s+{_OK}\b", what, re.IGNORECASE))
 
 
 def sentences(text: str) -> Iterator[str]:
@@ -101,19 +253,52 @@ def lines(text: str, file: str, key: str, first: int) -> list[Piece]:
         key: Where it stands in there.
         first: Its first line's number.
     """
-    found: list[Piece] = []
+    found: list[tuple[list[str], int, int]] = []
     indent = -1
     for number, line in enumerate(text.splitlines(), first):
         stripped = line.strip()
+        wide = line.expandtabs(4)
+        depth = len(wide) - len(wide.lstrip())
         is_bullet = bool(BULLET.match(line))
-        deeper = len(line) - len(line.lstrip()) > indent
-        if found and stripped and not is_bullet and indent >= 0 and deeper and BULLET.match(found[-1].text):
-            found[-1] = Piece(f"{found[-1].text} {stripped}", file, found[-1].line, key)
+        if stripped and not is_bullet and 0 <= indent < depth:
+            found[-1][0].append(stripped)
             continue
-        indent = len(line) - len(line.lstrip()) if is_bullet else -1
+        indent = depth if is_bullet else -1
         if stripped:
-            found.append(Piece(stripped, file, number, key))
-    return found
+            found.append(([stripped], number, depth))
+    return [Piece(" ".join(parts), file, number, key, depth) for parts, number, depth in found]
+
+
+def unwrapped(pieces: Sequence[Piece]) -> list[Piece]:
+    """The same with prose that runs over several lines made one piece."""
+    found: list[list[Piece]] = []
+    for piece in pieces:
+        before = found[-1][-1] if found else None
+        if (
+            before is not None
+            and piece.line == before.line + 1
+            and not BULLET.match(found[-1][0].text)
+            and not BULLET.match(piece.text)
+            and before.text[-1] not in ".!?:;|=-*"
+            and before.text[0] not in "#|<{"
+            and _runs_on(before.text, piece.text)
+            and not (forbids_something(piece.text) and (piece.text[0].isupper() or is_rule(before.text)))
+        ):
+            found[-1].append(piece)
+        else:
+            found.append([piece])
+    return [
+        Piece(
+            " ".join(one.text for one in group), group[0].file, group[0].line, group[0].key, group[0].indent
+        )
+        for group in found
+    ]
+
+
+def _runs_on(line: str, following: str) -> bool:
+    if following[0].islower():
+        return len(line) > 40 or bool(_MUST.search(line) or _NEGATES.search(line))
+    return len(line) > 60 and following[0].isalnum()
 
 
 def bullets(pieces: Iterable[Piece]) -> list[Piece]:
@@ -123,16 +308,21 @@ def bullets(pieces: Iterable[Piece]) -> list[Piece]:
 
 def _unwanted(what: str, piece: Piece) -> Rule:
     """A rule about a thing."""
-    what = " ".join(what.split())
+    if found := _MESSAGES.match(what):
+        name = what[found.end() :] or what
+        return Rule(_capital(name.split(",")[0]), piece, description=f"{_capital(what)}.")
     thing = what if what[:2].isupper() else what[:1].lower() + what[1:]
     return Rule(_capital(what.split(",")[0]), piece, description=f"Messages with {thing}.")
 
 
 def _forbidden(what: str, piece: Piece) -> Rule:
     """A rule about what a message does."""
-    what = " ".join(what.split())
     name = re.sub(r"^(?:contain|include|use|share|have)\s+(?:any\s+)?", "", what, flags=re.IGNORECASE)
     return Rule(_capital(name.split(",")[0]), piece, description=f"Messages that {what}.")
+
+
+def _whole(name: str, text: str, piece: Piece) -> Rule:
+    return Rule(_capital(name), piece, description=f"What breaks this rule: {text}.")
 
 
 def _capital(text: str) -> str:

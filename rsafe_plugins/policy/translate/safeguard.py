@@ -6,11 +6,12 @@ what doesn't, and examples with the expected answer.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rsafe_plugins.policy.translate.pieces import Draft, Entry, Piece, Rule
-from rsafe_plugins.policy.translate.plain import HEADING
+from rsafe_plugins.policy.translate.plain import heading, polarity
 from rsafe_plugins.policy.translate.prose import BULLET
 
 _SECTIONS = {
@@ -21,25 +22,36 @@ _SECTIONS = {
         r"\b(?:definitions?|terms|scope|overview|goal|purpose|background)\b", re.IGNORECASE
     ),
     "examples": re.compile(r"\bexamples?\b", re.IGNORECASE),
-    "allows": re.compile(
-        r"\b(?:safe|non-?violat\w+|allowed|permitted|acceptable|does\s+not\s+violate|exceptions?)\b",
-        re.IGNORECASE,
-    ),
-    "covers": re.compile(
-        r"\b(?:violat\w+|unsafe|disallowed|prohibited|forbidden|not\s+allowed)\b", re.IGNORECASE
-    ),
 }
-_CONTENT = re.compile(r"^(?:content|input|text|example|message)\s*\d*\s*:\s*(?P<text>.+)$", re.IGNORECASE)
-_ANSWER = re.compile(
-    r"^(?:expected|output|answer|label|classification|verdict)\s*\w*\s*:\s*(?P<answer>.+)$", re.IGNORECASE
+_SAID = {"forbids": "covers", "allows": "allows"}
+_CONTENT = r"(?:content|input|text|example|message)\s*\d*\s*:"
+_EXPECTED = r"(?:expected|output|answer|label|classification|verdict)(?:\s+\w+)?\s*:"
+_WITH_CONTENT = re.compile(rf"^{_CONTENT}\s*(?P<text>\S.*)$", re.IGNORECASE)
+_WITH_ANSWER = re.compile(rf"^{_EXPECTED}\s*(?P<answer>\S.*)$", re.IGNORECASE)
+_BOTH = re.compile(
+    rf"^{_CONTENT}\s*(?P<text>\S.*)\s(?:{_EXPECTED}|->|=>|\u2192)\s*(?P<answer>\S.*)$", re.IGNORECASE
 )
 _INLINE = re.compile(r"^[\"\u201c](?P<text>.+)[\"\u201d]\s*(?:->|=>|\u2192|:|-)\s*(?P<answer>\S.*)$")
-_UNSAFE = re.compile(r"^[\W_]*(?:1\b|yes|unsafe|violat|true|block)", re.IGNORECASE)
+_ARROW = re.compile(r"^(?P<text>.*\S)\s*(?:->|=>|\u2192)\s*(?P<answer>\S.*)$")
+_TABLE_LINE = re.compile(r"^\|[\s:|-]+$")
+_KEY = re.compile(
+    r"^\W*(?:violat\w+|label|answer|verdict|classification|unsafe|harmful|output)\W*[:=]\s*", re.IGNORECASE
+)
+_SAFE = re.compile(
+    r"^[\W_]*(?:0\b|[A-Z]{1,4}0+\b|no\b|non\b|not\s+(?:a\s+)?violat|does\s+not\s+violat|safe\b|valid\b|benign\b|"
+    r"harmless\b|allow(?:ed)?\b|false\b|compliant\b|ok(?:ay)?\b|acceptable\b)",
+    re.IGNORECASE,
+)
+_UNSAFE = re.compile(
+    r"^[\W_]*(?:1\b|[A-Z]{1,4}[1-9]\d*\b|yes\b|unsafe\b|violat|true\b|block(?:ed)?\b|invalid\b|harmful\b|"
+    r"not\s+(?:safe|allowed|acceptable|ok)\b|flag(?:ged)?\b|disallowed\b|forbidden\b|prohibited\b)",
+    re.IGNORECASE,
+)
 
 
 def looks_like(text: str) -> bool:
     """Whether a text has such sections: what violates, and two more of the others."""
-    found = {_section(title) for line in text.splitlines() if (title := _title(line))}
+    found = {_section(title[0]) for line in text.splitlines() if (title := heading(line))}
     return "covers" in found and len(found & {"instruction", "definitions", "allows", "examples"}) >= 2
 
 
@@ -51,38 +63,61 @@ def read(draft: Draft, pieces: Sequence[Piece]) -> list[Entry]:
     """
     others: list[Entry] = []
     rule: Rule | None = None
-    section, title, waiting = "", "", None
+    section, depth = "", 0
+    waiting: tuple[str, Piece] | None = None
+    heads = [found for piece in pieces if (found := heading(piece.text))]
     for piece in pieces:
-        text = BULLET.sub("", piece.text).strip()
-        if heading := _title(piece.text):
-            if not title:
-                title = heading
-                rule = Rule(
-                    re.sub(r"\s*(?:policy|classification)\s*$", "", title, flags=re.IGNORECASE) or title,
-                    piece,
-                )
+        text = " ".join(BULLET.sub("", piece.text).split())
+        found = heading(piece.text)
+        if waiting and (found or not _WITH_ANSWER.match(text)):
+            others.append(Entry(waiting[1], reason="an example without an answer"))
+            waiting = None
+        if found:
+            title, level = found
+            if rule is None and _is_title(title, level, heads):
+                name = re.sub(r"\s*(?:policy|classification)\s*$", "", title, flags=re.IGNORECASE)
+                rule = Rule(name or title, piece)
                 draft.rules.append(rule)
-                section = _section(heading) or "definitions"
-                continue
-            section = _section(heading) or section
-            others.append(Entry(piece, reason="a heading"))
+                section, depth = "definitions", 0
+            elif rule is not None and section in ("covers", "allows") and level > depth:
+                # What stands under it is of the section, whatever words it has.
+                getattr(rule, section).append((title, piece))
+            else:
+                named = _section(title)
+                if named and not (section == "examples" and level > depth > 0):
+                    section, depth = named, level
+                elif section in ("covers", "allows"):
+                    section = "unknown"  # its heading says neither
+                others.append(Entry(piece, reason="a heading"))
             continue
         if rule is None:
             rule = Rule("Policy violation", piece)
             draft.rules.append(rule)
+        if _TABLE_LINE.match(text):
+            others.append(Entry(piece, reason="a line of a table"))
+            continue
+        cells = [cell.strip() for cell in text.strip("|").split("|")] if text.startswith("|") else []
+        text = ": ".join(filter(None, cells)) if cells else text
         if section == "examples":
-            if found := _INLINE.match(text):
-                _example(rule, found["text"], found["answer"], piece)
-            elif found := _CONTENT.match(text):
-                waiting = (found["text"].strip().strip('"'), piece)
-            elif (found := _ANSWER.match(text)) and waiting:
-                _example(rule, waiting[0], found["answer"], waiting[1])
-                others.append(Entry(piece, reason="the expected answer of the example before it"))
+            if len(cells) > 1 and _is_unsafe(cells[-1]) is not None:
+                others += _example(rule, ": ".join(cells[:-1]), cells[-1], piece)
+            elif both := _BOTH.match(text) or _INLINE.match(text):
+                others += _example(rule, both["text"], both["answer"], piece)
+            elif content := _WITH_CONTENT.match(text):
+                waiting = (content["text"], piece)
+            elif waiting and (answer := _WITH_ANSWER.match(text)):
+                entries = _example(rule, waiting[0], answer["answer"], waiting[1])
+                reason = "" if entries else "the expected answer of the example before it"
+                others += [*entries, Entry(piece, reason=reason)]
                 waiting = None
+            elif both := _ARROW.match(text):
+                others += _example(rule, both["text"], both["answer"], piece)
             else:
-                others.append(Entry(piece, reason="in the examples, and no example with an answer"))
+                others.append(Entry(piece))
         elif section in ("covers", "allows"):
             getattr(rule, section).append((text.rstrip("."), piece))
+        elif section == "unknown":
+            others.append(Entry(piece))
         elif section == "instruction":
             others.append(
                 Entry(piece, reason="an instruction to the model that judges; the guard has its own")
@@ -95,15 +130,44 @@ def read(draft: Draft, pieces: Sequence[Piece]) -> list[Entry]:
     return others
 
 
-def _example(rule: Rule, text: str, answer: str, piece: Piece) -> None:
-    kind = rule.examples if _UNSAFE.match(answer.strip()) else rule.allowed_examples
-    kind.append((text.strip().strip('"'), piece))
+def _is_title(title: str, level: int, heads: Sequence[tuple[str, int]]) -> bool:
+    """Whether a document's first heading is its title, not its first section."""
+    if not _section(title) or re.search(r"\b(?:policy|classification|guidelines?)\b", title, re.IGNORECASE):
+        return True
+    return all(other > level for _, other in heads[1:]) and len(heads) > 1
 
 
-def _title(line: str) -> str | None:
-    found = HEADING.match(line)
-    return (found["title"] or found["bold"]).strip() if found else None
+def _example(rule: Rule, text: str, answer: str, piece: Piece) -> list[Entry]:
+    is_unsafe = _is_unsafe(answer)
+    said = text.strip().strip('"\u201c\u201d').strip()
+    if is_unsafe is None or not said:
+        return [Entry(piece)]
+    (rule.examples if is_unsafe else rule.allowed_examples).append((said, piece))
+    return []
+
+
+def _is_unsafe(answer: str) -> bool | None:
+    """What an expected answer says; None where nobody knows."""
+    said = answer.strip().strip("`")
+    if said.startswith("{"):
+        try:
+            data = json.loads(said)
+        except (ValueError, RecursionError):
+            return None
+        for key in ("violation", "violates", "label", "answer", "verdict", "classification", "unsafe"):
+            if isinstance(data, Mapping) and key in data:
+                return _is_unsafe(str(data[key])) if not isinstance(data[key], Mapping) else None
+        return None
+    said = _KEY.sub("", said)
+    if _SAFE.match(said):
+        return False
+    return True if _UNSAFE.match(said) else None
 
 
 def _section(title: str) -> str:
-    return next((name for name, form in _SECTIONS.items() if form.search(title)), "")
+    if _SECTIONS["examples"].search(title):
+        return "examples"
+    named = [(name, found) for name, form in _SECTIONS.items() if (found := form.search(title))]
+    first = next((name for name, found in named if not re.search(r"[^\W\d]", title[: found.start()])), "")
+    # Prohibited outputs are prohibited, and no instruction on the output.
+    return first or _SAID.get(polarity(title), "") or next((name for name, _ in named), "")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from rsafe_plugins.policy.translate import plain
 from rsafe_plugins.policy.translate.pieces import Draft, Entry, Piece, Rule
+from rsafe_plugins.policy.translate.plain import heading
 from rsafe_plugins.policy.translate.prose import BULLET
 
 BEGIN = re.compile(r"<BEGIN UNSAFE CONTENT CATEGORIES>", re.IGNORECASE)
@@ -13,23 +15,38 @@ END = re.compile(r"<END UNSAFE CONTENT CATEGORIES>", re.IGNORECASE)
 HEAD = re.compile(
     r"^\s*(?:[-*]\s+)?(?P<id>[A-Z]{1,3}\d{1,3})\s*[:.)]\s*(?P<name>[^.:]+(?:\.(?=\S)[^.:]*)*)[.:]?\s*(?P<rest>.*)$"
 )
-_FORBIDS = re.compile(
-    r"^(?:should\s*(?:not|n't)|must\s*not|cannot|can\s*not|can't|don't|do not)\s*:?\s*$", re.IGNORECASE
+_APOSTROPHE = "['\u2019]?"
+_WHO = r"(?:(?:(?:the\s+|AI\s+)?(?:models?|assistants?|bots?)|AI|responses?|users?|it|they)\s+)?"
+_NOT = (
+    r"(?:(?:should|must|may|can|could|shall|will|do|does)\s*(?:not|never)|cannot|never|"
+    rf"(?:should|must|could|ca|sha|wo|do|does)n{_APOSTROPHE}t|(?:(?:is|are)\s+)?not\s+(?:allowed|permitted)(?:\s+to)?)"
 )
-_ALLOWS = re.compile(r"^(?:can|may|allowed)\s*:?\s*$", re.IGNORECASE)
-_SHOULD = re.compile(r"^should\s*:?\s*$", re.IGNORECASE)
-_FORBIDS_INLINE = re.compile(
-    r"^(?:(?:AI|(?:the\s+|AI\s+)?models?|responses?)\s+)?(?:should not|must not|cannot|can not)\s+(?P<what>.+)",
+_FORBIDS = re.compile(
+    rf"^{_WHO}(?:{_NOT}|prohibited|forbidden|disallowed|banned|not\s+(?:ok|okay|acceptable))\s*:?\s*$",
     re.IGNORECASE,
 )
-_ALLOWS_INLINE = re.compile(
-    r"^(?:(?:AI|(?:the\s+|AI\s+)?models?|responses?)\s+)?(?:can|may)\s+(?P<what>.+)", re.IGNORECASE
+_ALLOWS = re.compile(
+    rf"^{_WHO}(?:can|may|(?:is\s+|are\s+)?(?:allowed|permitted)(?:\s+to)?)\s*:?\s*$", re.IGNORECASE
 )
+_SHOULD = re.compile(rf"^{_WHO}should\s*:?\s*$", re.IGNORECASE)
+_FORBIDS_INLINE = re.compile(rf"^{_WHO}{_NOT}\s+(?P<what>.+)", re.IGNORECASE)
+# "It may include slurs" is no permission.
+_ALLOWS_INLINE = re.compile(
+    r"^(?:AI|(?:the\s+|AI\s+)?(?:models?|assistants?)|responses?)\s+(?:can|may)\s+(?P<what>.+)", re.IGNORECASE
+)
+_MORE = re.compile(r"\b(?:but|only|never|unless|except|however|not)\b|n['\u2019]t\b|[.;]\s+\S", re.IGNORECASE)
+_NO_HEADING = 6  # only bold lines are below a category that is no heading
+_AROUND = "the prompt around the categories; the guard has its own"
 
 
 def looks_like(text: str) -> bool:
     """Whether a text is such a list: several lines that begin with an id."""
-    return bool(BEGIN.search(text)) or sum(bool(HEAD.match(line)) for line in text.splitlines()) >= 2
+    return bool(BEGIN.search(text)) or sum(bool(_head(line)) for line in text.splitlines()) >= 2
+
+
+def begins(text: str) -> bool:
+    """Whether a text says where such a list begins."""
+    return bool(BEGIN.search(text))
 
 
 def read(draft: Draft, pieces: Sequence[Piece]) -> list[Entry]:
@@ -40,42 +57,90 @@ def read(draft: Draft, pieces: Sequence[Piece]) -> list[Entry]:
     """
     start = next((n for n, piece in enumerate(pieces) if BEGIN.search(piece.text)), None)
     end = next((n for n, piece in enumerate(pieces) if END.search(piece.text)), len(pieces))
+    heads = {n: found for n, piece in enumerate(pieces) if (found := _head(piece.text))}
+    last = max(heads, default=-1)
     others: list[Entry] = []
     rule: Rule | None = None
-    part = "covers"
+    part, level = "covers", _NO_HEADING
+    behind: list[Piece] = []  # what stands under a heading of its own
     for number, piece in enumerate(pieces):
-        head = HEAD.match(piece.text) if (start is None or number > start) and number < end else None
+        head = heads.get(number) if (start is None or number > start) and number < end else None
         if head:
             rule = Rule(head["name"].strip(), piece, id=head["id"], description=head["rest"].strip())
             draft.rules.append(rule)
             part = "covers"
+            title = heading(piece.text)
+            level = title[1] if title else _NO_HEADING
             continue
         is_inside = rule is not None and number < end and not END.search(piece.text)
         if rule is None or not is_inside:
-            others.append(Entry(piece, reason="the prompt around the categories; the guard has its own"))
+            (behind.append(piece) if behind else others.append(Entry(piece, reason=_AROUND)))
             continue
-        text = BULLET.sub("", piece.text).strip()
-        if _FORBIDS.match(text) or _ALLOWS.match(text) or _SHOULD.match(text):
-            part = "covers" if _FORBIDS.match(text) else "allows"
+        text = " ".join(BULLET.sub("", piece.text).split())
+        following = pieces[number + 1] if number + 1 < len(pieces) else None
+        if start is None and (title := heading(piece.text)) and not (_status(text) and title[1] > level):
+            rule = None
+            behind.append(piece)
+        elif status := _status(text):
+            part = status
             rule.more.append(piece)
         elif BULLET.match(piece.text):
-            getattr(rule, part).append((text.rstrip("."), piece))
-        elif found := _FORBIDS_INLINE.match(text):
+            if part == "description":
+                rule.description = f"{rule.description} {text.rstrip('.;')};".strip()
+                rule.more.append(piece)
+            else:
+                getattr(rule, part).append((text.rstrip("."), piece))
+        elif (found := _FORBIDS_INLINE.match(text)) and not _MORE.search(found["what"]):
             rule.covers.append((found["what"].rstrip("."), piece))
-        elif found := _ALLOWS_INLINE.match(text):
+        elif (
+            not found
+            and (found := _ALLOWS_INLINE.match(text))
+            and not _MORE.search(found["what"].rstrip("."))
+        ):
             rule.allows.append((found["what"].rstrip("."), piece))
-        elif start is None and number + 1 < len(pieces) and _is_end(pieces[number:]):
-            others.append(Entry(piece, reason="the prompt around the categories; the guard has its own"))
+        elif start is None and number > last and following is not None and _ENDS.search(piece.text):
+            others.append(Entry(piece, reason=_AROUND))
         else:
             rule.description = f"{rule.description} {text}".strip()
             rule.more.append(piece)
+            if following is not None and BULLET.match(following.text):
+                part = "description"  # nobody knows whether it forbids what stands under it
+    return [*others, *_behind(draft, behind)]
+
+
+def _behind(draft: Draft, pieces: Sequence[Piece]) -> list[Entry]:
+    """Sections behind the categories: rules where their heading forbids or allows."""
+    sections: list[list[Piece]] = []
+    for piece in pieces:
+        if heading(piece.text):
+            sections.append([])
+        sections[-1].append(piece)
+    others: list[Entry] = []
+    for section in sections:
+        title = heading(section[0].text)
+        if title and plain.polarity(title[0]) in ("forbids", "allows"):
+            others += plain.read(draft, section)
+            continue
+        for number, piece in enumerate(section):
+            is_around = number == 0 or _ENDS.search(piece.text)
+            others.append(Entry(piece, reason=_AROUND if is_around else ""))
     return others
 
 
-def _is_end(rest: Sequence[Piece]) -> bool:
-    """Whether no more categories follow, and what does is about the answer's form."""
-    if any(HEAD.match(piece.text) for piece in rest):
-        return False
-    return bool(
-        re.search(r"\{\{|\{%|respond|output|answer|json|conversation|provide", rest[0].text, re.IGNORECASE)
-    )
+def _head(line: str) -> re.Match[str] | None:
+    """A category's first line; a question is none."""
+    title = heading(line)
+    found = HEAD.match(title[0] if title else line)
+    return None if found is None or line.rstrip().endswith("?") else found
+
+
+def _status(text: str) -> str:
+    """What a line that introduces bullets says of them."""
+    title = heading(text)
+    line = " ".join((title[0] if title else text).split())
+    if _FORBIDS.match(line):
+        return "covers"
+    return "allows" if _ALLOWS.match(line) or _SHOULD.match(line) else ""
+
+
+_ENDS = re.compile(r"\{\{|\{%|respond|output|answer|json|conversation|provide", re.IGNORECASE)

@@ -9,7 +9,15 @@ import yaml
 
 from rsafe_plugins.errors import PolicyError
 from rsafe_plugins.policy import files
-from rsafe_plugins.policy.model import CONTENT_KINDS, Category, ContentKind, Policy
+from rsafe_plugins.policy.model import (
+    CONTENT_KINDS,
+    MAX_CATEGORIES,
+    MAX_ID_LENGTH,
+    MAX_NAME_LENGTH,
+    Category,
+    ContentKind,
+    Policy,
+)
 
 # The rails of NeMo by what they judge: their section, their flow, and their name in `custom_data.rsafe.policies`.
 _RAILS: Mapping[ContentKind, tuple[str, str, str]] = {
@@ -71,7 +79,17 @@ def nemo_config(policies: Iterable[Policy], folder: Path) -> list[Path]:
 
 
 def together(first: Policy, second: Policy) -> Policy:
-    """The categories of two policies in one; ids and names that both have are told apart."""
+    """The categories of two policies in one; ids and names that both have are told apart.
+
+    Raises:
+        PolicyError: They are more than a policy may have.
+    """
+    count = len(first.categories) + len(second.categories)
+    if count > MAX_CATEGORIES:
+        raise PolicyError(
+            f"{first.name} and {second.name} judge the same content, and have {count} categories together; a "
+            f"policy has at most {MAX_CATEGORIES}."
+        )
     taken = {text.casefold() for one in first.categories for text in (one.id, one.name)}
     added = []
     for category in second.categories:
@@ -80,7 +98,10 @@ def together(first: Policy, second: Policy) -> Policy:
             text = getattr(category, field)
             number, distinct = 2, text
             while distinct.casefold() in taken:
-                distinct, number = f"{text}-{number}" if field == "id" else f"{text} ({number})", number + 1
+                end, most = (
+                    (f"-{number}", MAX_ID_LENGTH) if field == "id" else (f" ({number})", MAX_NAME_LENGTH)
+                )
+                distinct, number = f"{text[: most - len(end)]}{end}", number + 1
             taken.add(distinct.casefold())
             update[field] = distinct
         added.append(category.model_copy(update=update))

@@ -58,8 +58,21 @@ def _built(node: yaml.Node, source: str, left: list[int], depth: int) -> Any:
             f"{source}: this YAML has more than {_MOST_NODES:,} values, or is nested too deeply."
         )
     if isinstance(node, yaml.MappingNode):
-        pairs = ((key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode))
-        return {str(key.value): _built(value, source, left, depth + 1) for key, value in pairs}
+        found: dict[str, Any] = {}
+        for key, value in node.value:
+            built = _built(value, source, left, depth + 1)
+            if not isinstance(key, yaml.ScalarNode):
+                raise PolicyError(f"{source}, line {key.start_mark.line + 1}: this key is no text.")
+            if key.tag != "tag:yaml.org,2002:merge":
+                found[str(key.value)] = built
+                continue
+            for merged in built if isinstance(built, list) else [built]:
+                if isinstance(merged, Mapping):
+                    own = {str(name.value) for name, _ in node.value if isinstance(name, yaml.ScalarNode)}
+                    found.update(
+                        {name: one for name, one in merged.items() if name not in own and name not in found}
+                    )
+        return found
     if isinstance(node, yaml.SequenceNode):
         return [_built(value, source, left, depth + 1) for value in node.value]
     begins_below = getattr(node, "style", None) in ("|", ">")

@@ -24,7 +24,7 @@ def test_policies_go_to_standard_output_and_the_summary_elsewhere(capsys: pytest
         "abc-output",
         "abc-dialog",
     ]
-    assert "95 pieces of text" in err
+    assert "104 pieces of text" in err
     assert "0 unknown" in err
 
 
@@ -33,7 +33,7 @@ def test_policies_are_written_into_a_folder_or_a_file(
 ) -> None:
     assert main(["translate", ABC, "-o", str(tmp_path / "out"), "--report"]) == 0
     assert len(Policy.load(tmp_path / "out" / "abc-input.yaml").categories) == 10
-    assert capsys.readouterr().err.count("no policy:") == 35
+    assert capsys.readouterr().err.count("no policy:") == 44
     one = tmp_path / "one.yaml"
     assert main(["translate", str(tmp_path / "out" / "abc-input.yaml"), "-o", str(one)]) == 0
     assert Policy.load(one).digest == Policy.load(tmp_path / "out" / "abc-input.yaml").digest
@@ -44,7 +44,7 @@ def test_json_holds_everything(capsys: pytest.CaptureFixture[str]) -> None:
     data = json.loads(capsys.readouterr().out)
     assert data["format"] == "nemo"
     assert len(data["policies"]) == 3
-    assert len(data["report"]) == 95
+    assert len(data["report"]) == 104
 
 
 def test_other_guards_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,3 +92,18 @@ def test_check_judges_the_examples_and_shows_where_the_guard_disagrees(
 def test_what_cannot_be_translated_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["translate", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_names_of_files_stay_in_the_folder(tmp_path: Path) -> None:
+    prompt = "  - {task: self_check_input $variant=VARIANT, content: must not WHAT}\n"
+    text = "prompts:\n" + "".join(
+        prompt.replace("VARIANT", variant).replace("WHAT", what)
+        for variant, what in (("../../x", "swear"), ("..-..-x", "lie"))
+    )
+    source = tmp_path / "config.yml"
+    source.write_text(text)
+    assert main(["translate", str(source), "-o", str(tmp_path / "a" / "b")]) == 0
+    assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == [
+        "config-input-..-..-x-2.yaml",
+        "config-input-..-..-x.yaml",
+    ]

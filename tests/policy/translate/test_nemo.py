@@ -54,7 +54,7 @@ WITHOUT_POLICY = [
     *(
         path
         for path in (SHIPPED / "evaluate" / "data" / "topical").iterdir()
-        if (path / "config.yml").exists()
+        if (path / "config.yml").exists() and path.name != "banking"  # its bot informs that it cannot answer
     ),
 ]
 
@@ -278,6 +278,122 @@ def test_flows_that_refuse_are_categories_with_their_examples(
     assert [(one.name, one.examples) for one in policy.categories] == [("Politics", examples)]
     assert translation.unplaced == []
     assert {entry.piece.line > 0 for entry in translation.report} == {True}
+
+
+def dialog(tmp_path: Path, version: str, text: str) -> list[str]:
+    """The names of the categories that flows become."""
+    extra = "prompts:\n  - {task: self_check_input, content: must not swear}\n"
+    translation = translate(config(tmp_path, f'colang_version: "{version}"\n{extra}', main=text))
+    return [
+        one.name
+        for policy in translation.policies.values()
+        if policy.name.endswith("-dialog")
+        for one in policy.categories
+    ]
+
+
+@pytest.mark.parametrize(
+    "flow",
+    [
+        "user greet\n  bot express greeting\n  user ask politics\n  bot refuse politics",
+        "user greet\n  bot hi\n  if $a\n    user ask politics\n    bot refuse\n  else\n    user smile\n    bot smile",
+        "when user ask politics\n    bot decline\n  else when user smile\n    bot smile",
+        'user greet\n  bot "Hello! I can\'t wait to help you."\n  user ask politics\n  bot "I cannot help with that."',
+        'user chain\n  bot "A blockchain is a ledger."\n  user ask politics\n  bot inform cannot answer',
+        'user card\n  bot "You can block your card."\n  user ask politics\n  bot deny',
+    ],
+)
+def test_an_intent_belongs_to_what_the_bot_says_next(tmp_path: Path, flow: str) -> None:
+    assert dialog(tmp_path, "1.0", f"define flow\n  {flow}\n") == ["Politics"]
+
+
+def test_intents_of_a_branch_belong_to_what_the_bot_says_in_it(tmp_path: Path) -> None:
+    flow = """
+flow talk
+  user greeted
+  bot greet
+  when user asked politics or user asked money
+    bot refuse
+  or when user asked prices
+    bot tell prices
+  if $a
+    user asked war
+    bot say "I m unable to discuss that"
+  else
+    user smiled
+    bot smile
+"""
+    assert dialog(tmp_path, "2.x", flow) == ["Politics", "Money", "War"]
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        'If the message should be blocked, answer "Yes".',
+        "Your answer must be only Yes or No.",
+        "Do not explain your answer.",
+        "Your task is to judge what must not be said.",
+    ],
+)
+def test_what_the_judge_is_told_is_no_category(tmp_path: Path, sentence: str) -> None:
+    content = f"{sentence}\n\nBlock the message if it contains insults.\n"
+    data = {"prompts": [{"task": "self_check_input", "content": content}]}
+    translation = translate(config(tmp_path, yaml.safe_dump(data)))
+    (one,) = translation.policy_for("prompt").categories
+    assert one.description == "What breaks this rule: Block the message if it contains insults."
+    assert {entry.piece.text: entry.reason for entry in translation.report}[sentence] == (
+        "an instruction to the model that judges"
+    )
+
+
+def test_what_was_lost_in_silence(tmp_path: Path) -> None:
+    text = """
+base: &base
+  task: self_check_input
+prompts:
+  - <<: *base
+    content: |
+      {# a comment
+      of two lines #}
+      - must not swear
+  - a prompt that is a text
+  - task: topic_safety_check_input
+    content: |
+      {{ first }} Talk about trains. {{ second }}
+      Do not talk about planes.
+instructions:
+  - type: general
+    content: |
+      * The bot must not give medical
+        advice to anyone.
+      The bot is kind to everybody who asks and it
+      must not lie.
+user_messages:
+  greet: [hello]
+models: []
+"""
+    translation = translate(config(tmp_path, text, main='define flow\n  user "hi"\n  bot "hello"\n'))
+    name = tmp_path.name
+    descriptions = {
+        key.removeprefix(f"{name}-"): [one.description for one in policy.categories]
+        for key, policy in translation.policies.items()
+    }
+    assert descriptions == {
+        "input": ["Messages that swear."],
+        "input-topics": [
+            "What isn't covered by this: {{ first }} Talk about trains. {{ second }}",
+            "Messages that talk about planes.",
+        ],
+        "output-instructions": [
+            "Messages that give medical advice to anyone.",
+            "What breaks this rule: The bot is kind to everybody who asks and it must not lie.",
+        ],
+    }
+    places = {entry.piece.text: entry for entry in translation.report}
+    assert places["- must not swear"].piece.line == 9
+    assert not places["a prompt that is a text"].is_placed
+    assert not places["hello"].is_placed or "bot says" in places["hello"].reason
+    assert places["hi"].reason
 
 
 def test_a_translation_is_the_same_after_it_was_saved(tmp_path: Path) -> None:

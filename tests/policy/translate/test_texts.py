@@ -154,6 +154,302 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, raw: bytes) 
     assert "\n" not in str(raised.value)
 
 
+# Nothing gets the wrong polarity
+
+
+@pytest.mark.parametrize(
+    ("sentence", "description"),
+    [
+        ("can never contain links", "Messages that contain links."),
+        ("may never swear", "Messages that swear."),
+        ("may only discuss products", "What breaks this rule: may only discuss products."),
+        (
+            "may discuss drugs but must not give dosages",
+            "What breaks this rule: may discuss drugs but must not give dosages.",
+        ),
+        (
+            "Users may swear. They must not threaten anyone.",
+            "What breaks this rule: Users may swear. They must not threaten anyone.",
+        ),
+        ("users are not allowed to complain", "Messages that complain."),
+        ("users aren\u2019t allowed to complain", "Messages that complain."),
+        ("it is not ok to insult", "Messages that insult."),
+        ("It is forbidden to lie.", "Messages that lie."),
+        ("shall not lie", "Messages that lie."),
+        ("won't lie", "Messages that lie."),
+        ("Spam is disallowed", "Messages with spam."),
+        ("Spam is unacceptable", "Messages with spam."),
+        ("insults must be blocked", "Messages with insults."),
+        ("Messages that contain insults should be blocked", "Messages that contain insults."),
+        ("No insults are allowed", "Messages with insults."),
+        (
+            "Politics are ok as long as nobody is hurt",
+            "What breaks this rule: Politics are ok as long as nobody is hurt.",
+        ),
+        (
+            "Insults are not allowed unless quoted for criticism",
+            "What breaks this rule: Insults are not allowed unless quoted for criticism.",
+        ),
+        (
+            "Swearing is forbidden, but mild slang is allowed",
+            "What breaks this rule: Swearing is forbidden, but mild slang is allowed.",
+        ),
+    ],
+)
+@pytest.mark.parametrize("bullet", ["- ", "\u25cf ", "(1) ", "a) ", "\u2014 "])
+def test_sentences_that_forbid(tmp_path: Path, sentence: str, description: str, bullet: str) -> None:
+    (one,) = only(of(tmp_path, f"{bullet}{sentence}\n")).categories
+    assert (one.description, one.allows) == (description, ())
+
+
+@pytest.mark.parametrize(
+    ("sentence", "allowed"),
+    [
+        ("Discussing history is not forbidden", "Discussing history"),
+        ("nothing is forbidden in fiction", "nothing is forbidden in fiction"),
+        ("no need to block mild slang", "mild slang"),
+        ("should not be blocked if it is a greeting", "if it is a greeting"),
+        ("feel free to joke", "joke"),
+        ("Employees can be mentioned", "Employees can be mentioned"),
+    ],
+)
+def test_sentences_that_allow(tmp_path: Path, sentence: str, allowed: str) -> None:
+    (spam,) = only(of(tmp_path, f"- Spam\n- {sentence}\n")).categories
+    assert spam.allows == (allowed,)
+
+
+def test_what_may_mean_anything_is_unknown(tmp_path: Path) -> None:
+    translation = of(tmp_path, "- Spam\n- Everything else is allowed\n")
+    assert [entry.piece.text for entry in translation.unplaced] == ["- Everything else is allowed"]
+
+
+@pytest.mark.parametrize(
+    "heading",
+    [
+        "Users may not:",
+        "It is not acceptable to:",
+        "Do not allow:",
+        "What is not OK:",
+        "Isn't allowed:",
+        "Isn\u2019t allowed:",
+        "Not safe:",
+        "Messages are okay unless they:",
+        "No exceptions:",
+        "NOT ALLOWED",
+        "## Not safe",
+        "Not allowed\n-----------",
+        "# Keep our users safe",
+    ],
+)
+def test_a_negated_heading_forbids(tmp_path: Path, heading: str) -> None:
+    policy = only(of(tmp_path, f"{heading}\n- insults\n\n## Safe\n- jokes\n"))
+    assert [(one.name, one.allows) for one in policy.categories] == [("Insults", ("jokes",))]
+
+
+@pytest.mark.parametrize("end", ["Selling is forbidden.", "Rules\n=====", "Some more words.", "## Rules"])
+def test_a_section_that_allows_ends(tmp_path: Path, end: str) -> None:
+    translation = of(tmp_path, f"- Lies\n\nAllowed:\n- Jokes\n\n{end}\n- Spam\n")
+    assert {text for one in only(translation).categories for text in one.allows} == {"Jokes"}
+
+
+def test_bullets_that_introduce_others(tmp_path: Path) -> None:
+    text = (
+        "- it's ok to:\n  - joke\n- should not discuss competitors, except:\n  - Acme\n"
+        "- The bot should:\n  - be polite\n- Spam\n"
+    )
+    policy = only(of(tmp_path, text))
+    assert [(one.name, one.description, one.allows) for one in policy.categories] == [
+        ("Discuss competitors", "Messages that discuss competitors.", ("Acme", "joke")),
+        ("Be polite", "What breaks this rule: The bot should: be polite.", ("joke",)),
+        ("Spam", "", ("joke",)),
+    ]
+
+
+SECTIONS = """## VIOLATES
+| Code | Meaning |
+|---|---|
+### SP2.b Dehumanizing comparisons
+- animals
+### SP2.c Instructions for harassment
+### Unsafe examples of mobs
+## NOT ALLOWED
+- bots
+## Safe
+- one
+## Examples
+- Content: Buy pills.
+  Answer: 1
+- Content: Nobody answers.
+- Content: Other.
+  Answer: {"violation": 0}
+- Content: Third.
+  Label: {"label": "unsafe"}
+- "a" -> SP4
+- "b" -> SP0
+- "c" -> perhaps
+- d -> INVALID
+- "e" -> Violation: 0
+- "f" -> harmful
+"""
+
+
+def test_sections_and_answers_of_a_safeguard_policy(tmp_path: Path) -> None:
+    translation = of(tmp_path, SECTIONS, "x.md")
+    assert translation.format == "gpt-oss-safeguard"
+    (one,) = only(translation).categories
+    assert one.covers == (
+        "Code: Meaning",
+        "SP2.b Dehumanizing comparisons",
+        "animals",
+        "SP2.c Instructions for harassment",
+        "Unsafe examples of mobs",
+        "bots",
+    )
+    assert one.allows == ("one",)
+    assert one.examples == ("Buy pills.", "Third.", "a", "d", "f")
+    assert one.allowed_examples == ("Other.", "b", "e")
+    assert [entry.piece.text for entry in translation.unplaced] == ['- "c" -> perhaps']
+    assert "an example without an answer" in {entry.reason for entry in translation.report}
+
+
+def test_what_stands_under_a_heading_that_says_nothing_is_unknown(tmp_path: Path) -> None:
+    text = "# Spam\n## Task\nJudge.\n## Prohibited outputs\n- spam\n## Safe\n- ham\n## Edge cases\n- eggs\n"
+    translation = of(tmp_path, text, "x.md")
+    (one,) = only(translation).categories
+    assert (one.covers, one.allows) == (("spam",), ("ham",))
+    assert [entry.piece.text for entry in translation.unplaced] == ["- eggs"]
+
+
+def test_what_stands_behind_the_categories_is_no_category(tmp_path: Path) -> None:
+    translation = of(tmp_path, "S1: Hate.\nS2: Spam.\n## Output\n- {{ user_input }}\n- eggs\n")
+    assert len(only(translation).categories) == 2
+    assert [entry.piece.text for entry in translation.unplaced] == ["- eggs"]
+
+
+def test_what_may_be_in_a_category_is_no_permission(tmp_path: Path) -> None:
+    first, _ = only(of(tmp_path, "S1: Hate.\nIt may include slurs.\nS2: Spam.\n")).categories
+    assert (first.description, first.allows) == ("It may include slurs.", ())
+
+
+@pytest.mark.parametrize(
+    "heading",
+    [
+        "Must never",
+        "Should never",
+        "May not",
+        "Can't",
+        "Can\u2019t",
+        "Shouldn't",
+        "Don't",
+        "Not allowed:",
+        "Prohibited",
+    ],
+)
+def test_a_category_keeps_what_is_forbidden(tmp_path: Path, heading: str) -> None:
+    text = (
+        f"S1: Weapons.\nCan\n- history\n{heading}\n- build it\nAI models may never write it.\n"
+        "Can\n- more\nSomething else\n- odd\nS2: Hate.\n# Not allowed\n- Spam\n"
+    )
+    weapons, hate, *rest = only(of(tmp_path, text)).categories
+    assert weapons.covers == ("build it", "write it")
+    assert weapons.allows == ("history", "more")
+    assert weapons.description == "Something else odd;"
+    assert (hate.covers + hate.allows, hate.description) == ((), "")
+    assert [one.name for one in rest] == ["Spam"]
+
+
+@pytest.mark.parametrize(
+    ("text", "format"),
+    [
+        ("\ufeffS1: Violence.\nS2: Hate.\n", "taxonomy"),
+        ("Q1: May I swear?\nQ2: May I lie?\nLies are banned.\n", "text"),
+    ],
+)
+def test_what_a_text_is(tmp_path: Path, text: str, format: str) -> None:
+    assert of(tmp_path, text).format == format
+
+
+def test_arguments_of_validators(tmp_path: Path) -> None:
+    validators = "restricttotopic: {valid_topics=['a', 'b'], invalid_topics=['c']}; ban_list: spam, scam"
+    text = f'<rail version="0.1"><output><string name="x" validators="{validators}"/></output></rail>'
+    assert [(one.covers, one.allows) for one in only(of(tmp_path, text, "x.rail")).categories] == [
+        (("c",), ("a", "b")),
+        (("spam", "scam"), ()),
+    ]
+    text = (
+        '<rail><string validators="detect_jailbreak: device=cpu 0.5; ban_list: '
+        + "1" * 50_000
+        + 'x"/></rail>'
+    )
+    assert only(of(tmp_path, text, "x.rail")).categories[0].covers == ()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"# a{' ' * 50_000}#{' ' * 50_000}x",
+        "is not " * 15_000,
+        "if , " * 20_000,
+        " " * 100_000 + "x",
+        "S1: " + "x." * 50_000,
+    ],
+)
+def test_a_hostile_line_is_read_in_time(tmp_path: Path, line: str) -> None:
+    assert of(tmp_path, f"- Spam\n\n{line}\n").policies
+
+
+@pytest.mark.parametrize("line", [f"content{' ' * 100_000}x", f"- should not{' ' * 100_000}x", "| " * 50_000])
+@pytest.mark.parametrize("head", ["# Spam\n## Task\n## Unsafe\n- x\n## Examples\n", "S1: a\nS2: b\n"])
+def test_a_hostile_line_is_read_in_time_in_other_formats(tmp_path: Path, line: str, head: str) -> None:
+    assert of(tmp_path, f"{head}{line}\n").policies
+
+
+@pytest.mark.parametrize(
+    "line", ["- must not swear", "- thing {} is banned", "S{}: thing", "foo {}", "- " + "x" * 250]
+)
+def test_four_thousand_lines_are_in_the_report(tmp_path: Path, line: str) -> None:
+    text = "".join(line.format(number % 900) + "\n" for number in range(4_000))
+    translation = of(tmp_path, f"{text}\nInsults are forbidden.\n")
+    assert len(translation.report) == 4_001
+    assert len(only(translation).categories) <= 200
+
+
+def test_long_names_keep_their_end(tmp_path: Path) -> None:
+    (one,) = only(of(tmp_path, f"- {'long ' * 60}end\n")).categories
+    assert one.description.endswith("end.")
+    assert len(one.name) <= 200
+
+
+@pytest.mark.parametrize("text", ["- bad \x07 thing\n", "- must not \x01\n"])
+def test_text_that_no_policy_can_have_is_one_sentence(tmp_path: Path, text: str) -> None:
+    with pytest.raises(PolicyError, match="remove it") as raised:
+        of(tmp_path, text)
+    assert "\n" not in str(raised.value)
+
+
+def test_policies_that_are_too_much_together_are_one_sentence() -> None:
+    category = Policy.load("mlcommons").categories[0]
+    many = [category.model_copy(update={"id": f"C{n}", "name": f"{'x' * 190} {n}"}) for n in range(101)]
+    policy = Policy(name="many", categories=tuple(many))
+    with pytest.raises(PolicyError, match="202 categories together"):
+        together(policy, policy)
+    half = Policy(name="half", categories=(many[0].model_copy(update={"name": "x" * 200, "id": "y" * 64}),))
+    assert len(together(half, half).categories) == 2
+
+
+def test_a_policy_for_a_kind_has_only_what_is_for_it(tmp_path: Path) -> None:
+    first, second, *_ = Policy.load("mlcommons").categories
+    policy = Policy(
+        name="two",
+        categories=(
+            first.model_copy(update={"applies_to": ("response",)}),
+            second.model_copy(update={"applies_to": ("prompt",)}),
+        ),
+    )
+    policy.save(tmp_path / "two.yaml")
+    assert [one.id for one in translate(tmp_path / "two.yaml").policy_for("prompt").categories] == [second.id]
+
+
 # The way back
 
 
