@@ -77,23 +77,25 @@ _CHECKS: Mapping[str, ContentKind] = {
 }
 
 
-def _merged(held: Mapping[str, Any] | None, more: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What is held, after an update; None drops all of it."""
-    return {} if more is None else {**(held or {}), **more}
+def _merged(kept: Mapping[str, Any] | None, more: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What is kept, after an update; a value of None drops its key, and None drops all."""
+    if more is None:
+        return {}
+    return {key: value for key, value in {**(kept or {}), **more}.items() if value is not None}
 
 
 class RSafeState(AgentState[Any]):
     """An agent's state with what the middleware keeps there for itself.
 
     Attributes:
-        rsafe_held: What waits for a person's decision, by the message's id.
+        rsafe_held: What waits for a person's decision, by who holds it and the message's id.
         rsafe_seen: The user's messages that were judged: a digest of each, by who judged it and its id.
-        rsafe_error: The violation that the agent is about to end with.
+        rsafe_error: The violation that the agent is about to end with, by who found it.
     """
 
     rsafe_held: NotRequired[Annotated[dict[str, Any] | None, PrivateStateAttr, _merged]]
     rsafe_seen: NotRequired[Annotated[dict[str, str] | None, PrivateStateAttr, _merged]]
-    rsafe_error: NotRequired[Annotated[dict[str, Any] | None, PrivateStateAttr]]
+    rsafe_error: NotRequired[Annotated[dict[str, Any] | None, PrivateStateAttr, _merged]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,13 +198,18 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
         """Judges the user's messages."""
         asked = self._asked_of_input(state, is_start=True)
         verdicts = check_many(self.guard, [part.content for part in asked])
-        return {"rsafe_error": None, "rsafe_held": None, **self._after_input(state, asked, verdicts)}
+        return {**self._forgotten(state), **self._after_input(state, asked, verdicts)}
 
     async def abefore_agent(self, state: RSafeState, runtime: Runtime[Any]) -> dict[str, Any] | None:
         """Like `before_agent`, without blocking the event loop."""
         asked = self._asked_of_input(state, is_start=True)
         verdicts = await acheck_many(self.guard, [part.content for part in asked])
-        return {"rsafe_error": None, "rsafe_held": None, **self._after_input(state, asked, verdicts)}
+        return {**self._forgotten(state), **self._after_input(state, asked, verdicts)}
+
+    def _forgotten(self, state: RSafeState) -> dict[str, Any]:
+        """Drops what an earlier run that broke off has left of ours."""
+        mine = [key for key in state.get("rsafe_held") or () if key.startswith(f"{self.name}/")]
+        return {"rsafe_error": {self.name: None}, "rsafe_held": dict.fromkeys(mine)}
 
     def _asked_of_input(self, state: RSafeState, *, is_start: bool) -> list[Part]:
         """At the start all from the last prompt on; and whatever message of the user nobody has judged."""
@@ -247,15 +254,15 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
         if self.exit_behavior == "interrupt":
             shown = "\n\n".join(map(text_shown, gone))
             held = {"messages": gone, "structured_response": None, "question": _question(violation, shown)}
-            return {**update, "messages": placed, "rsafe_held": {str(gone[0].id): held}}
+            return {**update, "messages": placed, "rsafe_held": {self._key(gone[0]): held}}
         if self.exit_behavior == "replace":
             return {**update, "messages": placed}
         # A tool's result can't go without leaving its call unanswered.
         prompts = [RemoveMessage(id=str(message.id)) for message in gone if is_prompt(message)]
         others = [one for one, message in zip(placed, gone, strict=True) if not is_prompt(message)]
         verdict = violation.verdict.model_dump(mode="json")
-        ending = {"by": self.name, "stage": violation.stage, "verdict": verdict}
-        return {**update, "messages": [*prompts, *others], "rsafe_error": ending}
+        ending = {"stage": violation.stage, "verdict": verdict}
+        return {**update, "messages": [*prompts, *others], "rsafe_error": {self.name: ending}}
 
     # The model's answers and tool calls.
 
@@ -346,7 +353,8 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
             reply.id = reply.id or str(uuid4())
             refused = self._refusal(violation, reply.id)
             held = {"messages": response.result, "structured_response": response.structured_response}
-            update = {"rsafe_held": {reply.id: {**held, "question": _question(violation, text_shown(reply))}}}
+            question = _question(violation, text_shown(reply))
+            update = {"rsafe_held": {self._key(reply): {**held, "question": question}}}
             return ExtendedModelResponse(ModelResponse(result=[refused]), Command(update=update))
         return ModelResponse(result=[self._refusal(violation, reply.id)], structured_response=None)
 
@@ -449,7 +457,7 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
                 message.id = message.id or str(uuid4())
                 if self.exit_behavior == "interrupt":
                     question = _question(violation, text_shown(message))
-                    held[message.id] = {
+                    held[self._key(message)] = {
                         "messages": [message],
                         "structured_response": None,
                         "question": question,
@@ -503,7 +511,7 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
 
         The guard is not asked here: after an interrupt this runs again.
         """
-        if (error := state.get("rsafe_error")) and error["by"] == self.name:
+        if error := (state.get("rsafe_error") or {}).get(self.name):
             violation = _Violation(error["stage"], Verdict.model_validate(error["verdict"]))
             if self.exit_behavior == "error":
                 raise RSafeViolationError(violation.stage, violation.verdict)

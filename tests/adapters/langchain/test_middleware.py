@@ -855,3 +855,27 @@ async def test_a_blocked_result_in_the_input_leaves_no_call_unanswered() -> None
     assert texts(state)[-1] == REFUSAL
     assert not holds(CANARY, state)
     assert_no_call_dangles(state)
+
+
+@pytest.mark.parametrize("exit_behavior", ["end", "error", "interrupt"])
+@pytest.mark.parametrize("is_first", [True, False])
+async def test_what_one_middleware_blocks_at_the_start_stays_blocked_beside_another(
+    exit_behavior: Any, is_first: bool
+) -> None:
+    blocks = RSafeMiddleware({"backend": guard_backend()}, exit_behavior=exit_behavior)
+    passes = RSafeMiddleware({"backend": ScriptedBackend(SAFE), "policy": "mlcommons"})
+    both = [blocks, passes] if is_first else [passes, blocks]
+    model = Model(replies=[said(ANSWER)])
+    agent = create_agent(model, middleware=both, checkpointer=InMemorySaver())
+    given = {"messages": [HumanMessage(BAD)]}
+    if exit_behavior == "error":
+        with pytest.raises(RSafeViolationError):
+            await run(agent, given, config=CONFIG)
+    else:
+        state = await run(agent, given, config=CONFIG)
+        if exit_behavior == "interrupt":
+            assert waiting(state)["stage"] == "prompt"
+            state = await run(agent, Command(resume="reject"), config=CONFIG)
+        assert texts(state) == [REFUSAL]
+    assert model.asked == []
+    assert texts(await run(agent, config=CONFIG))[-1] == ANSWER
