@@ -8,6 +8,7 @@ from pathlib import Path
 SHIPPED = [
     "py.typed",
     "policy/builtin/*.yaml",
+    "policy/*.yaml",
     "guard/templates/*.jinja",
     "guard/data/*.yaml",
     "alignment/*.yaml",

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Final, Generic, TypeVar
 
 from rsafe_plugins.errors import SettingsError
 
 Chunk = TypeVar("Chunk")
+
+
+class _End:
+    """What stands behind the last chunk of a stream."""
+
+
+END: Final = _End()
 
 
 class Windows(Generic[Chunk]):
@@ -37,8 +44,10 @@ class Windows(Generic[Chunk]):
         """Whether a chunk waits."""
         return self._passed < len(self.chunks)
 
-    def add(self, chunk: Chunk) -> bool:
-        """Takes a chunk; says whether those that wait must be judged now."""
+    def add(self, chunk: Chunk | _End) -> bool:
+        """Takes a chunk, or the end; says whether those that wait must be judged now."""
+        if isinstance(chunk, _End):
+            return self.has_more
         self.chunks.append(chunk)
         self._waiting += self._length(chunk)
         return self._window is not None and self._waiting >= self._window
@@ -58,3 +67,16 @@ def check_window(window: int | None) -> None:
     """
     if window is not None and window < 1:
         raise SettingsError(f"stream_window must be at least 1 character, not {window}.")
+
+
+def and_end(chunks: Iterator[Chunk]) -> Iterator[Chunk | _End]:
+    """The chunks of a stream, then `END`."""
+    yield from chunks
+    yield END
+
+
+async def aand_end(chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk | _End]:
+    """The same of an asynchronous stream."""
+    async for chunk in chunks:
+        yield chunk
+    yield END

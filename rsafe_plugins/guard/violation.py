@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from rsafe_plugins.errors import RSafeError
+from collections.abc import Callable, Mapping
+
+from rsafe_plugins.errors import PolicyError, RSafeError, SettingsError
+from rsafe_plugins.guard.guard import Guard
 from rsafe_plugins.guard.verdict import Verdict
 from rsafe_plugins.policy import ContentKind
 
 REFUSAL = "I can't help with that request."
+OnViolation = Callable[[ContentKind, Verdict], None]
+"""Called with what was judged and the verdict on it."""
 
 
 class RSafeViolationError(RSafeError):
@@ -33,6 +38,26 @@ def _sentence(stage: ContentKind, verdict: Verdict) -> str:
     categories = f": {', '.join(verdict.categories)}" if verdict.categories else ""
     score = f" (probability of unsafe {verdict.score:.2f})" if verdict.score is not None else ""
     return f"{blocked}{categories}{score}."
+
+
+def need_categories(guard: Guard, checks: Mapping[str, ContentKind]) -> None:
+    """Refuses checks that the guard's policy has no category for.
+
+    Args:
+        guard: The guard.
+        checks: What each argument that switches a check on has judged, by its name.
+
+    Raises:
+        SettingsError: There is such a check; the message names its argument.
+    """
+    for name, kind in checks.items():
+        try:
+            guard.policy.for_kind(kind)
+        except PolicyError:
+            raise SettingsError(
+                f"The policy {guard.policy.name!r} has no category that applies to a {kind}: set "
+                f"{name}=False, or choose another policy."
+            ) from None
 
 
 def mark_of(stage: ContentKind, verdict: Verdict) -> dict[str, object]:

@@ -11,7 +11,7 @@ from pydantic import ConfigDict
 
 from rsafe_plugins.errors import SettingsError, UnreadableContent
 from rsafe_plugins.guard import Content, Guard, GuardSettings, Verdict
-from rsafe_plugins.guard.streams import Windows, check_window
+from rsafe_plugins.guard.streams import Windows, aand_end, and_end, check_window
 from rsafe_plugins.guard.texts import Part, acheck_many, check_many, worst
 from rsafe_plugins.guard.violation import REFUSAL, RSafeViolationError
 from rsafe_plugins.langchain.content import length, refusal, to_parts, whole
@@ -20,7 +20,6 @@ from rsafe_plugins.policy import ContentKind
 ExitBehavior = Literal["error", "replace", "annotate"]
 
 _RUN_TYPE = "guard"  # in traces
-_END = object()  # behind the last chunk of a stream
 
 
 class RSafeGuard(RunnableSerializable[Any, Any]):
@@ -180,8 +179,8 @@ class RSafeGuard(RunnableSerializable[Any, Any]):
 
         def gate(chunks: Iterator[Any]) -> Iterator[Any]:
             stream = self._windows()
-            for chunk in _and_end(chunks):
-                if stream.add(chunk) if chunk is not _END else stream.has_more:
+            for chunk in and_end(chunks):
+                if stream.add(chunk):
                     together = self._together(stream)
                     released = _released(stream, together, self._judge([together]))
                     yield from released
@@ -197,8 +196,8 @@ class RSafeGuard(RunnableSerializable[Any, Any]):
 
         async def gate(chunks: AsyncIterator[Any]) -> AsyncIterator[Any]:
             stream = self._windows()
-            async for chunk in _aand_end(chunks):
-                if stream.add(chunk) if chunk is not _END else stream.has_more:
+            async for chunk in aand_end(chunks):
+                if stream.add(chunk):
                     together = self._together(stream)
                     for released in _released(stream, together, await self._ajudge([together])):
                         yield released
@@ -295,17 +294,6 @@ def _released(stream: Windows[Any], together: Any, outcomes: list[Any]) -> list[
     """The chunks that waited, as they came, where nothing was to be changed; else the change, while they wait on."""
     (outcome,) = _passed(outcomes)
     return stream.release() if outcome is together else [outcome]
-
-
-def _and_end(chunks: Iterator[Any]) -> Iterator[Any]:
-    yield from chunks
-    yield _END
-
-
-async def _aand_end(chunks: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for chunk in chunks:
-        yield chunk
-    yield _END
 
 
 def _listed(

@@ -43,10 +43,16 @@ from langgraph.errors import GraphBubbleUp
 from langgraph.runtime import Runtime
 from langgraph.types import Command, interrupt
 
-from rsafe_plugins.errors import PolicyError, RSafeError, SettingsError
+from rsafe_plugins.errors import RSafeError, SettingsError
 from rsafe_plugins.guard import Guard, GuardSettings, Verdict
 from rsafe_plugins.guard.texts import Part, acheck_many, check_many, worst
-from rsafe_plugins.guard.violation import REFUSAL, RSafeViolationError, mark_of
+from rsafe_plugins.guard.violation import (
+    REFUSAL,
+    OnViolation,
+    RSafeViolationError,
+    mark_of,
+    need_categories,
+)
 from rsafe_plugins.langchain.content import (
     is_prompt,
     is_spoken,
@@ -59,7 +65,6 @@ from rsafe_plugins.langchain.content import (
 from rsafe_plugins.policy import ContentKind
 
 AgentExitBehavior = Literal["end", "replace", "error", "interrupt"]
-OnViolation = Callable[[ContentKind, Verdict], None]
 
 _Misshapen = MultipleStructuredOutputsError | StructuredOutputValidationError
 _MISSHAPEN = (MultipleStructuredOutputsError, StructuredOutputValidationError)
@@ -169,18 +174,7 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
             raise SettingsError(
                 f"exit_behavior must be end, replace, error or interrupt, not {exit_behavior!r}."
             )
-        for check, kind in _CHECKS.items():
-            if getattr(self, check):
-                self._need_category(check, kind)
-
-    def _need_category(self, check: str, kind: ContentKind) -> None:
-        try:
-            self.guard.policy.for_kind(kind)
-        except PolicyError:
-            raise SettingsError(
-                f"The policy {self.guard.policy.name!r} has no category that applies to a {kind}: set "
-                f"{check}=False, or choose another policy."
-            ) from None
+        need_categories(self.guard, {check: kind for check, kind in _CHECKS.items() if getattr(self, check)})
 
     @property
     def name(self) -> str:

@@ -19,12 +19,11 @@ from rsafe_plugins.errors import SettingsError
 from rsafe_plugins.guard import Content, Guard, GuardSettings
 from rsafe_plugins.guard.content import Turn
 from rsafe_plugins.guard.texts import Part, parts, text_of
-from rsafe_plugins.guard.violation import REFUSAL
+from rsafe_plugins.guard.violation import REFUSAL, OnViolation
 from rsafe_plugins.llama_index.judging import (
     DEVELOPERS,
     EngineExitBehavior,
     Judge,
-    OnViolation,
     asked_of_message,
     blocks_of,
     part,

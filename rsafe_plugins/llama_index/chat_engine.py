@@ -22,12 +22,12 @@ from llama_index.core.schema import NodeWithScore
 from rsafe_plugins.guard import Content, Guard, GuardSettings
 from rsafe_plugins.guard.content import Turn
 from rsafe_plugins.guard.texts import Part, Said, Text, parts
-from rsafe_plugins.guard.violation import REFUSAL
+from rsafe_plugins.guard.violation import REFUSAL, OnViolation
 from rsafe_plugins.llama_index.judging import (
     EngineExitBehavior,
     Judge,
-    OnViolation,
     Violation,
+    aonly,
     asked_of_nodes,
     part,
     said_of,
@@ -187,14 +187,14 @@ class RSafeChatEngine(BaseChatEngine):
         async with self._aalone():
             turn = await asyncio.to_thread(self._begin, message, chat_history)
             if violation := await self._judge.acheck(turn.asked):
-                return _astreaming(_aonly(self._judge.violation_message))
+                return _astreaming(aonly(self._judge.violation_message))
             async with self._aheard(turn):
                 response = await self.chat_engine.astream_chat(message, _copied(turn.before))
                 self._writers.append(_Writer(response))
                 if violation := await self._judge.acheck(self._asked_of_answer(turn, response)):
                     self._remember(turn, "", violation)
                     await self._aclear()
-                    return _astreaming(_aonly(self._judge.violation_message))
+                    return _astreaming(aonly(self._judge.violation_message))
         return _astreaming(self._agated(turn, response), _nodes_of(response))
 
     def _gated(self, turn: _Turn, response: StreamingAgentChatResponse) -> Iterator[str]:
@@ -437,7 +437,3 @@ def _astreaming(
 
 def _chunk(text: str) -> ChatResponse:
     return ChatResponse(message=ChatMessage(text, role=MessageRole.ASSISTANT), delta=text)
-
-
-async def _aonly(text: str) -> AsyncIterator[str]:
-    yield text

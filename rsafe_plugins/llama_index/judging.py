@@ -10,17 +10,16 @@ from typing import Any, Literal
 from llama_index.core.llms import ChatMessage, MessageRole
 from llama_index.core.schema import NodeWithScore
 
-from rsafe_plugins.errors import PolicyError, SettingsError, UnreadableContent
+from rsafe_plugins.errors import SettingsError, UnreadableContent
 from rsafe_plugins.guard import Content, Guard, GuardSettings, Verdict
 from rsafe_plugins.guard.content import Turn
-from rsafe_plugins.guard.streams import Windows, check_window
+from rsafe_plugins.guard.streams import Windows, aand_end, and_end, check_window
 from rsafe_plugins.guard.texts import Part, Said, Text, acheck_many, check_many, text_of, turn_of, worst
-from rsafe_plugins.guard.violation import RSafeViolationError, mark_of
+from rsafe_plugins.guard.violation import OnViolation, RSafeViolationError, mark_of, need_categories
 from rsafe_plugins.llama_index.nodes import node_content
 from rsafe_plugins.policy import ContentKind
 
 EngineExitBehavior = Literal["replace", "error"]
-OnViolation = Callable[[ContentKind, Verdict], None]
 
 _CALLS = ("tool_calls", "tool_call_id")
 # Opaque bytes by which providers know their own thoughts again.
@@ -97,16 +96,7 @@ class Judge:
         Raises:
             SettingsError: There is one.
         """
-        for name, kind in checks.items():
-            if kind is None:
-                continue
-            try:
-                self.guard.policy.for_kind(kind)
-            except PolicyError:
-                raise SettingsError(
-                    f"The policy {self.guard.policy.name!r} has no category that applies to a {kind}: set "
-                    f"{name}=False, or choose another policy."
-                ) from None
+        need_categories(self.guard, {name: kind for name, kind in checks.items() if kind is not None})
 
     def check(self, asked: Sequence[Part]) -> Violation | None:
         """What of it is blocked, judged as one engine batch; None where nothing is.
@@ -157,8 +147,8 @@ class Gate:
 
     def passed(self, chunks: Iterator[str]) -> Iterator[str]:
         """The chunks that may be read. No more are drawn once the answer is blocked."""
-        for chunk in _and_end(chunks):
-            if self._must_judge(chunk):
+        for chunk in and_end(chunks):
+            if self._stream.add(chunk):
                 self.violation = self._judge.check(self._said_so_far())
                 yield from self._released()
                 if self.violation:
@@ -166,16 +156,13 @@ class Gate:
 
     async def apassed(self, chunks: AsyncIterator[str]) -> AsyncIterator[str]:
         """Like `passed`, without blocking the event loop."""
-        async for chunk in _aand_end(chunks):
-            if self._must_judge(chunk):
+        async for chunk in aand_end(chunks):
+            if self._stream.add(chunk):
                 self.violation = await self._judge.acheck(self._said_so_far())
                 for released in self._released():
                     yield released
                 if self.violation:
                     return
-
-    def _must_judge(self, chunk: str | None) -> bool:
-        return self._stream.has_more if chunk is None else self._stream.add(chunk)
 
     def _said_so_far(self) -> list[Part]:
         return [self._asked("".join(self._stream.chunks))]
@@ -184,15 +171,14 @@ class Gate:
         return [self._judge.violation_message] if self.violation else self._stream.release()
 
 
-def _and_end(chunks: Iterator[str]) -> Iterator[str | None]:
-    yield from chunks
-    yield None
+def only(text: str) -> Iterator[str]:
+    """A stream of one chunk."""
+    yield text
 
 
-async def _aand_end(chunks: AsyncIterator[str]) -> AsyncIterator[str | None]:
-    async for chunk in chunks:
-        yield chunk
-    yield None
+async def aonly(text: str) -> AsyncIterator[str]:
+    """An asynchronous stream of one chunk."""
+    yield text
 
 
 def part(content: Content) -> Part:

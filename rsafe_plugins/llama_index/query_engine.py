@@ -18,13 +18,14 @@ from llama_index.core.schema import NodeWithScore, QueryBundle
 
 from rsafe_plugins.guard import Content, Guard, GuardSettings
 from rsafe_plugins.guard.texts import Part
-from rsafe_plugins.guard.violation import REFUSAL
+from rsafe_plugins.guard.violation import REFUSAL, OnViolation
 from rsafe_plugins.llama_index.judging import (
     EngineExitBehavior,
     Judge,
-    OnViolation,
     Violation,
+    aonly,
     asked_of_nodes,
+    only,
     part,
 )
 
@@ -188,9 +189,9 @@ class RSafeQueryEngine(BaseQueryEngine):
         # What an engine says of its answer may quote it.
         metadata = violation.mark
         if isinstance(response, StreamingResponse):
-            return StreamingResponse(_only(text), nodes, metadata)  # type: ignore[arg-type]
+            return StreamingResponse(only(text), nodes, metadata)  # type: ignore[arg-type]
         if isinstance(response, AsyncStreamingResponse):
-            return AsyncStreamingResponse(_aonly(text), nodes, metadata)  # type: ignore[arg-type]
+            return AsyncStreamingResponse(aonly(text), nodes, metadata)  # type: ignore[arg-type]
         return _Refusal(text, nodes, metadata)
 
 
@@ -200,11 +201,11 @@ class _Refusal(Response):
     @property
     def response_gen(self) -> Iterator[str]:
         """The refusal."""
-        return _only(str(self.response))
+        return only(str(self.response))
 
     def async_response_gen(self) -> AsyncIterator[str]:
         """The refusal."""
-        return _aonly(str(self.response))
+        return aonly(str(self.response))
 
     def print_response_stream(self) -> None:
         """Prints the refusal."""
@@ -213,16 +214,8 @@ class _Refusal(Response):
 
 def _said(response: StreamingResponse) -> Iterator[str]:
     """A stream's chunks, also where somebody has read them already."""
-    return iter(response.response_gen) if response.response_txt is None else _only(response.response_txt)
+    return iter(response.response_gen) if response.response_txt is None else only(response.response_txt)
 
 
 def _answer_to(query: QueryBundle) -> Callable[[str], Part]:
     return lambda text: part(Content.response(text, query.query_str))
-
-
-def _only(text: str) -> Iterator[str]:
-    yield text
-
-
-async def _aonly(text: str) -> AsyncIterator[str]:
-    yield text

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rsafe_plugins.errors import PolicyError
-from rsafe_plugins.policy.translate.pieces import Draft, Entry, Piece, Rule
+from rsafe_plugins.policy.translate.pieces import Draft, Entry, Piece, Rule, capital
 
 _REFUSAL = re.compile(r"^(?:bot\s+)?(?:refuse|decline|den(?:y|ies)|inform\s+cannot)", re.IGNORECASE)
 _REFUSES = re.compile(
@@ -84,7 +84,7 @@ def refusals(draft: Draft, flows: Flows) -> list[Entry]:
     }.items():
         if name in refused:
             topic = _ASKS.sub("", name)
-            rule = Rule(_capital(topic), refused[name], description=f"The user asks about {topic}.")
+            rule = Rule(capital(topic), refused[name], description=f"The user asks about {topic}.")
             rule.examples += [(piece.text, piece) for piece in examples]
             draft.rules.append(rule)
         else:
@@ -226,7 +226,3 @@ def _found(said: str, text: str, file: str) -> Piece:
     """An example's piece; the parsers tell no line for it."""
     offset = text.find(said)
     return Piece(said, file, text.count("\n", 0, offset) + 1 if offset >= 0 else 0)
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

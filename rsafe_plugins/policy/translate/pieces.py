@@ -215,3 +215,8 @@ def _short(name: str) -> str:
     if len(line) <= MAX_NAME_LENGTH:
         return line
     return line[:MAX_NAME_LENGTH].rsplit(" ", 1)[0][:MAX_NAME_LENGTH]
+
+
+def capital(text: str) -> str:
+    """The text with a capital first letter."""
+    return text[:1].upper() + text[1:]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
-from rsafe_plugins.policy.translate.pieces import Draft, Entry, Piece, Rule
+from rsafe_plugins.policy.translate.pieces import Draft, Entry, Piece, Rule, capital
 
 BULLET = re.compile(
     r"^\s*(?:[-*+\u2022\u2013\u2014\u25cf\u25e6\u25aa\u2023\u00b7]|\(?\d{1,3}[.)]|\(?[a-z]\))\s+(?=\S)"
@@ -154,7 +154,7 @@ def add_sentence(
     elif form == "demands" and not says:
         draft.rules.append(_whole(text, text, piece))
     else:
-        draft.rules.append(Rule(_capital(text), piece))
+        draft.rules.append(Rule(capital(text), piece))
     return []
 
 
@@ -310,20 +310,16 @@ def _unwanted(what: str, piece: Piece) -> Rule:
     """A rule about a thing."""
     if found := _MESSAGES.match(what):
         name = what[found.end() :] or what
-        return Rule(_capital(name.split(",")[0]), piece, description=f"{_capital(what)}.")
+        return Rule(capital(name.split(",")[0]), piece, description=f"{capital(what)}.")
     thing = what if what[:2].isupper() else what[:1].lower() + what[1:]
-    return Rule(_capital(what.split(",")[0]), piece, description=f"Messages with {thing}.")
+    return Rule(capital(what.split(",")[0]), piece, description=f"Messages with {thing}.")
 
 
 def _forbidden(what: str, piece: Piece) -> Rule:
     """A rule about what a message does."""
     name = re.sub(r"^(?:contain|include|use|share|have)\s+(?:any\s+)?", "", what, flags=re.IGNORECASE)
-    return Rule(_capital(name.split(",")[0]), piece, description=f"Messages that {what}.")
+    return Rule(capital(name.split(",")[0]), piece, description=f"Messages that {what}.")
 
 
 def _whole(name: str, text: str, piece: Piece) -> Rule:
-    return Rule(_capital(name), piece, description=f"What breaks this rule: {text}.")
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    return Rule(capital(name), piece, description=f"What breaks this rule: {text}.")

@@ -26,6 +26,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.types import Command
 from pydantic import BaseModel
 from support.canary import CANARY, SAFE, UNSAFE, guard_backend
+from support.faults import FAULTS
 from support.langchain import STREAM_MODES, Model, Runs, call, counting_tool, holds, said
 
 from rsafe_plugins import BackendError, Verdict
@@ -531,21 +532,6 @@ async def test_two_results_of_one_turn_are_each_asked_for() -> None:
 
 
 # When the guard fails
-
-
-async def hang(request: Request) -> str:
-    await asyncio.Event().wait()
-    return SAFE
-
-
-FAULTS: dict[str, Any] = {
-    "times out": hang,
-    "is down": BackendError("status 500"),
-    "crashes": RuntimeError("segfault"),
-    "drops the request": asyncio.CancelledError(),
-    "writes garbage": "Sure, that is safe.",
-    "writes nothing": "",
-}
 
 
 @both_ways

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import pytest
@@ -13,11 +12,10 @@ from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.tools import FunctionTool, QueryEngineTool, ToolOutput
 from llama_index.core.workflow import Context
 from pydantic import BaseModel
-from support.canary import CANARY, SAFE, guard_backend, holds
+from support.canary import CANARY, guard_backend, holds
+from support.faults import FAULTS
 from support.llama_index import Says, calls, query_engine, said, scripted_agent_model
 
-from rsafe_plugins import BackendError
-from rsafe_plugins.backends import Request
 from rsafe_plugins.errors import SettingsError
 from rsafe_plugins.llama_index import RSafeFunctionAgent, RSafeViolationError
 from rsafe_plugins.testing import ScriptedBackend
@@ -183,18 +181,6 @@ async def test_an_answer_after_too_many_steps_is_judged() -> None:
     assert str(await handler) == REFUSAL
 
 
-async def hang(request: Request) -> str:
-    await asyncio.Event().wait()
-    return SAFE
-
-
-FAULTS: dict[str, Any] = {
-    "times out": hang,
-    "is down": BackendError("status 500"),
-    "crashes": RuntimeError("segfault"),
-    "writes garbage": "Sure, that is safe.",
-    "writes nothing": "",
-}
 CHECKS = ("check_input", "check_output", "check_tool_calls", "check_tool_results")
 
 

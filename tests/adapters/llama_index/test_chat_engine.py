@@ -18,10 +18,9 @@ from llama_index.core.chat_engine.types import BaseChatEngine
 from llama_index.core.llms import ChatMessage, ChatResponse, CompletionResponse, ImageBlock
 from llama_index.core.memory import ChatMemoryBuffer
 from support.canary import CANARY, SAFE, guard_backend, holds, judged_text
+from support.faults import FAULTS
 from support.llama_index import Found, Says, query_engine
 
-from rsafe_plugins import BackendError
-from rsafe_plugins.backends import Request
 from rsafe_plugins.llama_index import RSafeChatEngine, RSafeViolationError
 from rsafe_plugins.testing import ScriptedBackend
 
@@ -407,20 +406,6 @@ async def test_forgetting(way: str) -> None:
     await say(engine, way)
     engine.reset()
     assert engine.chat_history == []
-
-
-async def hang(request: Request) -> str:
-    await asyncio.Event().wait()
-    return SAFE
-
-
-FAULTS: dict[str, Any] = {
-    "times out": hang,
-    "is down": BackendError("status 500"),
-    "crashes": RuntimeError("segfault"),
-    "writes garbage": "Sure, that is safe.",
-    "writes nothing": "",
-}
 
 
 @ways

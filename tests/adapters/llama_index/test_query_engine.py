@@ -16,9 +16,10 @@ from llama_index.core.schema import QueryBundle
 from pydantic import BaseModel, PrivateAttr
 from sentence_transformers import SentenceTransformer
 from support.canary import CANARY, SAFE, guard_backend, holds
+from support.faults import FAULTS
 from support.llama_index import Says, events_of, query_engine
 
-from rsafe_plugins import BackendError, Guard, Verdict
+from rsafe_plugins import Guard, Verdict
 from rsafe_plugins.backends import Request
 from rsafe_plugins.errors import SettingsError
 from rsafe_plugins.llama_index import (
@@ -257,21 +258,6 @@ def test_a_retry_engine_asks_again_for_an_unsafe_answer(monkeypatch: pytest.Monk
 
 
 # When the guard fails
-
-
-async def hang(request: Request) -> str:
-    await asyncio.Event().wait()
-    return SAFE
-
-
-FAULTS: dict[str, Any] = {
-    "times out": hang,
-    "is down": BackendError("status 500"),
-    "crashes": RuntimeError("segfault"),
-    "drops the request": asyncio.CancelledError(),
-    "writes garbage": "Sure, that is safe.",
-    "writes nothing": "",
-}
 
 
 @ways
