@@ -52,6 +52,7 @@ bench: $(VENV)/.bench $(VLLM_VENV)/.vllm
 	@$(BIN)/python -m benchmarks.prefixes
 	@$(VLLM_VENV)/bin/python -m benchmarks.vllm_engine $(ITEMS)
 	@$(BIN)/python -m benchmarks.peers $(VLLM_VENV)/bin/python
+	$(if $(ITEMS),@$(BIN)/python -m benchmarks.forms $(ITEMS))
 	$(if $(ITEMS),@$(BIN)/python -m benchmarks.streaming $(ITEMS))
 	@$(BIN)/python -m benchmarks.report
 

@@ -9,21 +9,18 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import Any
 
 from rsafe_plugins.alignment.examples import by_length, category_ids, wordings_of
-from rsafe_plugins.alignment.prompts import TrainingPrompt
 from rsafe_plugins.alignment.warm_start import (
     BARE_PREFILL,
+    BatchEncoder,
     Encoded,
-    WarmStartSettings,
     common_prefix,
     label_weights,
 )
 from rsafe_plugins.evaluation.items import LabelledItem
 from rsafe_plugins.guard.content import Content
-from rsafe_plugins.guard.prompt import GuardPrompt
 from rsafe_plugins.guard.verdict import Label
 from rsafe_plugins.policy import Category, Policy
 
@@ -54,24 +51,10 @@ class Questions:
     questions: tuple[Question, ...]
 
 
-class CategoryEncoder:
-    """Turns contents and their questions into token ids, as the guard's engine is given them.
+class CategoryEncoder(BatchEncoder):
+    """Encodes contents and their questions, as the guard's engine is given them."""
 
-    Args:
-        tokenizer: The base's tokenizer.
-        prompt: The prompt that the guard will use.
-        settings: How long contents may be.
-    """
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prompt: GuardPrompt, settings: WarmStartSettings
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._prompt = TrainingPrompt(
-            tokenizer, prompt, settings.max_prompt_tokens, settings.max_response_tokens
-        )
-
-    def encode(self, variant: object, examples: Sequence[Questions]) -> tuple[list[int], list[Encoded]]:
+    def encode(self, variant: Any, examples: Sequence[Questions]) -> tuple[list[int], list[Encoded]]:
         """The ids that all begin with, then a sequence a content whose endings are its questions."""
         asked = [
             [self._ids(self._text(question, example.content)) for question in example.questions]
@@ -96,9 +79,6 @@ class CategoryEncoder:
         verdict = self._ids(f"{question.label}}}")
         weights = [question.weight * weight for weight in label_weights(len(verdict))]
         return begun + verdict, [0.0] * len(begun) + weights
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def questions(item: LabelledItem, chance: random.Random) -> Questions:

@@ -109,14 +109,7 @@ _LABELS_OF_A_PAIR: tuple[Label, Label] = ("unsafe", "safe")
 
 
 def _variant(mix: PolicyMix, chance: random.Random) -> PolicyVariant:
-    return policy_variant(
-        chance,
-        whole=mix.whole,
-        names=mix.names,
-        reworded=mix.reworded,
-        user_words=mix.user_words,
-        distractors=mix.distractors,
-    )
+    return policy_variant(chance, **mix.model_dump())
 
 
 def _single(item: LabelledItem, mix: PolicyMix, chance: random.Random) -> tuple[PolicyVariant, Label]:

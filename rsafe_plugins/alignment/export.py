@@ -148,8 +148,6 @@ def _write(base: str | Path, adapter: str | None, out: Path) -> Path:
     model = loaded.model
     if not str(base).lower().endswith(".gguf"):
         model = model.to(AutoConfig.from_pretrained(str(base)).dtype)
-    # The weights are plain tensors now; what is left of a GGUF's quantization would stop them from being saved.
-    model.hf_quantizer = None
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".part-", dir=out) as part:
         loaded.tokenizer.save_pretrained(part)

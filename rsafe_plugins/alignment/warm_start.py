@@ -7,6 +7,7 @@ leaves to which every micro-batch adds its gradient, and one backward pass throu
 
 from __future__ import annotations
 
+import abc
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed
@@ -119,21 +120,17 @@ def load_base(
         loaded = load(str(base), adapter=str(merged) if merged else None, device="cpu", dtype=dtype)
     except BackendUnavailable as error:
         raise AlignmentError(str(error)) from error
-    # The weights are plain tensors now; what is left of the quantization would stop them from being saved or trained.
-    loaded.model.hf_quantizer = None
-    loaded.model.is_quantized = False
     return loaded.model, loaded.tokenizer
 
 
-class BatchEncoder(Protocol):
-    """Turns what a batch holds into token ids."""
+class BatchEncoder(abc.ABC):
+    """Turns a batch into token ids: the part that all of it shares, and each one's own.
 
-    def encode(self, variant: Any, examples: Sequence[Any]) -> tuple[list[int], list[Encoded]]:
-        """The ids of the part that all share, then a sequence an example."""
-
-
-class Encoder:
-    """Turns a batch of examples into token ids: the part that all share, and each one's own."""
+    Args:
+        tokenizer: The base's tokenizer.
+        prompt: The prompt that the guard will use.
+        settings: How long contents may be, and what weighs how much.
+    """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, prompt: GuardPrompt, settings: WarmStartSettings
@@ -143,6 +140,17 @@ class Encoder:
             tokenizer, prompt, settings.max_prompt_tokens, settings.max_response_tokens
         )
         self._settings = settings
+
+    @abc.abstractmethod
+    def encode(self, variant: Any, examples: Sequence[Any]) -> tuple[list[int], list[Encoded]]:
+        """The ids of the part that all share, then a sequence an example."""
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+class Encoder(BatchEncoder):
+    """Encodes examples that share a policy."""
 
     def encode(self, variant: PolicyVariant, examples: Sequence[Example]) -> tuple[list[int], list[Encoded]]:
         """The ids of the shared part, then a sequence an example; together they are the guard's own prompt."""
@@ -178,9 +186,6 @@ class Encoder:
                 (opening + thought, [0.0] * len(opening) + _spread(settings.thought_weight, len(thought)))
             )
         return endings
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _join_processes() -> tuple[int, int]:

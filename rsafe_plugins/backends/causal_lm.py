@@ -73,8 +73,9 @@ def load(model: str, *, adapter: str | None, device: str | None, dtype: str | No
             **where, **placed, dtype=dtype or ("float32" if device == "cpu" else "auto")
         )
         if "gguf_file" in where and hasattr(weights.config, "quantization_config"):
-            # They are plain tensors by now, and PEFT would take them for quantized ones.
+            # They are plain tensors by now. Taken for quantized ones, they could be neither trained nor saved.
             del weights.config.quantization_config
+            weights.hf_quantizer, weights.is_quantized = None, False
         if adapter is not None:
             weights = _with_adapter(weights, adapter)
     except ImportError as error:

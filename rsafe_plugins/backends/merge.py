@@ -7,6 +7,7 @@ the Q4_1 in which the embedded weights are served. So the embedded guard is merg
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,30 @@ def merged_weights(model: Path, adapter: Path, folder: Path) -> Path:
     return path
 
 
+def dequantized(model: Path, out: Path) -> Path:
+    """Writes a GGUF model with its quantized weights as the numbers they stand for, to tell what quantizing costs.
+
+    Args:
+        model: A GGUF file.
+        out: The file to write.
+
+    Returns:
+        The path written.
+    """
+    import gguf
+    import numpy as np
+
+    weights = gguf.GGUFReader(model)
+    architecture = str(weights.fields["general.architecture"].contents())
+
+    def numbers(tensor: Any) -> tuple[Any, Any]:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        return values, gguf.GGMLQuantizationType.F32
+
+    _write_model(weights, architecture, out, numbers)
+    return out
+
+
 def _merge(model: Path, adapter: Path, out: Path) -> None:
     try:
         import gguf
@@ -62,27 +87,47 @@ def _merge(model: Path, adapter: Path, out: Path) -> None:
         raise BackendUnavailable(
             f"{adapter} must be a GGUF LoRA adapter, and {model} a GGUF model."
         ) from error
-    writer = gguf.GGUFWriter(out, architecture)
-    for name, field in weights.fields.items():
-        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
-            inner = field.types[1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(name, field.contents(), field.types[0], inner)
     kept = gguf.GGMLQuantizationType.F32
     fast = gguf.GGMLQuantizationType.Q4_0
-    for tensor in weights.tensors:
+
+    def merged(tensor: Any) -> tuple[Any, Any]:
         a, b = (sides.pop(f"{tensor.name}.lora_{side}", None) for side in "ab")
         if tensor.tensor_type == kept and a is None:
-            writer.add_tensor(tensor.name, tensor.data)
-            continue
+            return tensor.data, kept
         values = numbers(tensor)
         if a is not None and b is not None:
             first, second = numbers(a), numbers(b)
             if (second.shape[0], first.shape[1]) != values.shape:
                 raise BackendUnavailable(f"The adapter {adapter} is for another model than {model}.")
             values += alpha / first.shape[0] * (second @ first)
-        writer.add_tensor(tensor.name, quantize(values, fast), raw_dtype=fast)
+        return quantize(values, fast), fast
+
+    _write_model(weights, architecture, out, merged)
     if sides:
         raise BackendUnavailable(f"The adapter {adapter} is for another model than {model}.")
+
+
+def _write_model(
+    weights: Any, architecture: str, out: Path, stored: Callable[[Any], tuple[Any, Any]]
+) -> None:
+    """Writes a model as GGUF with the metadata of another one, and its tensors in another form.
+
+    Args:
+        weights: The other model's `gguf.GGUFReader`.
+        architecture: What GGUF calls its architecture.
+        out: The file to write.
+        stored: For each of its tensors the data to write, and the `gguf.GGMLQuantizationType` that they have.
+    """
+    import gguf
+
+    writer = gguf.GGUFWriter(out, architecture)
+    for name, field in weights.fields.items():
+        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
+            inner = field.types[1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], inner)
+    for tensor in weights.tensors:
+        data, kind = stored(tensor)
+        writer.add_tensor(tensor.name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 import rsafe_plugins
 from rsafe_plugins import Category, Guard, Policy
 from rsafe_plugins.alignment.export import export_gguf, export_merged
-from rsafe_plugins.backends import Backend, LlamaCppBackend, TransformersBackend
+from rsafe_plugins.backends import Backend, LlamaCppBackend, TransformersBackend, merge
 from rsafe_plugins.backends.weights import embedded_weights
 
 pytestmark = [pytest.mark.engine, pytest.mark.align]
@@ -92,21 +92,7 @@ def dequantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     With quantized weights llama.cpp rounds what is multiplied with them to eight bits as well, which moves some
     probabilities by more than 0.05. That is the engine's precision, and not the adapter's form.
     """
-    base = gguf.GGUFReader(embedded_weights())
-    path = tmp_path_factory.mktemp("base") / "base.F32.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    for name, field in base.fields.items():
-        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
-            inner = field.types[1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(name, field.contents(), field.types[0], inner)
-    for tensor in base.tensors:
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        writer.add_tensor(tensor.name, values.astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return merge.dequantized(embedded_weights(), tmp_path_factory.mktemp("base") / "base.F32.gguf")
 
 
 def scores(backend: Backend) -> np.ndarray:
