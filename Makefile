@@ -26,13 +26,14 @@ help:
 	@echo "make lint          check style and types"
 	@echo "make bench         measure speed and memory, beside other guards; ITEMS='a.jsonl b.jsonl' adds accuracy"
 	@echo "make eval          measure the embedded guard on the public sets in DATA=FOLDER, and write them into its card"
+	@echo "make adapter       train the embedded guard's adapter again on the labelled files in DATA=FOLDER (hours on a CPU)"
 	@echo "make clean         remove the environment and everything built"
 
 demo: $(VENV)/.demo
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q --ignore=tests/engines --ignore=tests/docs
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal --ignore=tests/engines --ignore=tests/docs
 
 test-docs: $(VENV)/.dev
 	$(BIN)/python -m pytest -q tests/docs

@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from jinja2 import StrictUndefined
+from jinja2 import StrictUndefined, Template
 from jinja2 import TemplateError as JinjaError
 from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import SandboxedEnvironment
@@ -42,6 +42,15 @@ TITLES: dict[ContentKind, str] = {
 _DELIMITER = re.compile(r"<[^<>\n]{1,64}>|\[[/A-Z_ ]{2,40}\]")
 
 
+@lru_cache(maxsize=32)
+def _compiled(text: str) -> tuple[Template, bool]:
+    """The template, and whether it takes `turns`."""
+    environment = SandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=False, undefined=StrictUndefined
+    )
+    return environment.from_string(text), "turns" in find_undeclared_variables(environment.parse(text))
+
+
 class GuardPrompt:
     """Builds the guard's prompt from a policy and a content.
 
@@ -62,12 +71,8 @@ class GuardPrompt:
         self._more_delimiters = delimiters
         self.source = str(template) if template is not None else "the built-in template"
         self._text = _read(template)
-        environment = SandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=False, undefined=StrictUndefined
-        )
         try:
-            self._template = environment.from_string(self._text)
-            self._takes_turns = "turns" in find_undeclared_variables(environment.parse(self._text))
+            self._template, self._takes_turns = _compiled(self._text)
         except JinjaError as error:
             raise TemplateError(f"{self.source} is not a Jinja template: {error}.") from error
         # Bound to the instance, so that a template's cache goes when the template goes.

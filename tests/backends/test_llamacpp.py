@@ -73,7 +73,7 @@ def backend(weights: Path) -> Iterator[LlamaCppBackend]:
 
 
 async def test_a_chat_is_answered_greedily_and_counted(backend: LlamaCppBackend) -> None:
-    request = ask("Say hello.", max_tokens=8)
+    request = ask("Count.", prefill="1, 2, 3, 4,", max_tokens=8)
 
     first, second = await only(backend, request), await only(backend, request)
 
@@ -269,7 +269,7 @@ async def test_no_request_is_no_answer(backend: LlamaCppBackend) -> None:
 
 async def test_one_backend_serves_one_event_loop_after_another(weights: Path) -> None:
     backend = LlamaCppBackend(weights)
-    request = ask("Say hello.", max_tokens=2)
+    request = ask("Count.", prefill="1, 2, 3, 4,", max_tokens=2)
     texts = []
 
     def elsewhere() -> None:
