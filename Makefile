@@ -16,7 +16,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 export NEMO_GUARDRAILS_NO_USAGE_STATS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-docs test-engines lint bench eval clean
+.PHONY: help demo test test-docs test-engines lint bench eval adapter clean
 
 help:
 	@echo "make demo          try the guard in NeMo Guardrails, LangChain, LlamaIndex and on the command line"
@@ -59,6 +59,9 @@ bench: $(VENV)/.bench $(VLLM_VENV)/.vllm
 
 eval: $(VENV)/.dev
 	@$(BIN)/python -m benchmarks.model_card $(DATA)
+
+adapter: $(VENV)/.dev
+	@$(BIN)/python -m benchmarks.adapter $(DATA)
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

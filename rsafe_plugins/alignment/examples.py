@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from rsafe_plugins.alignment.categorize import Categorizer
+from rsafe_plugins.alignment.recipe import PolicyMix
 from rsafe_plugins.evaluation.items import LabelledItem
 from rsafe_plugins.guard.content import Content
 from rsafe_plugins.guard.neutralize import neutralize
@@ -104,9 +105,9 @@ def category_ids(item: LabelledItem) -> tuple[str, ...]:
 def policy_variant(
     chance: random.Random,
     *,
-    whole: float = 0.5,
-    names: float = 0.3,
-    reworded: float = 0.1,
+    whole: float,
+    names: float = 0.0,
+    reworded: float = 0.0,
     user_words: float = 0.0,
     distractors: float = 0.0,
 ) -> PolicyVariant:
@@ -294,7 +295,13 @@ def by_length(items: Sequence[LabelledItem], size: int, chance: random.Random) -
 
 
 def batches(
-    items: Sequence[LabelledItem], size: int, seed: int, categorizer: Categorizer, thoughts: float = 0.2
+    items: Sequence[LabelledItem],
+    size: int,
+    seed: int,
+    categorizer: Categorizer,
+    *,
+    policies: PolicyMix,
+    thoughts: float,
 ) -> Iterator[tuple[PolicyVariant, list[Example]]]:
     """Every item once, in batches that share one policy; an item that the drawn policy can't judge waits.
 
@@ -303,6 +310,7 @@ def batches(
         size: Examples a batch.
         seed: The same seed gives the same batches.
         categorizer: Names the category where the source doesn't.
+        policies: How the policy of each batch is drawn.
         thoughts: Share of examples that carry a thought beside the bare verdict, 0 to 1.
     """
     chance = random.Random(seed)
@@ -320,7 +328,7 @@ def batches(
             continue
         if not waiting:
             continue
-        variant = policy_variant(chance)
+        variant = policy_variant(chance, **policies.model_dump())
         # One task a batch: its prompts then share all that stands before the conversation.
         task = chance.choice(waiting).task
         batch: list[Example] = []

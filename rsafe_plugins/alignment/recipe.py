@@ -1,11 +1,11 @@
-"""Recipes: how GRPO trains, as a YAML file. Some come with the package."""
+"""Recipes: how a stage trains, as a YAML file. Some come with the package."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -46,14 +46,66 @@ class PolicyMix(_Settings):
         return self
 
 
-class GRPOSettings(_Settings):
-    """How GRPO trains. The defaults are the paper's (arXiv 2506.07736), where it names a value.
+class StageSettings(_Settings):
+    """What every stage can be told.
 
     Attributes:
         base: A GGUF file, or a Hugging Face folder or name; None for the embedded model.
-        full: Whether all weights are trained; otherwise a LoRA is.
         rank: Rank of the LoRA; its alpha is twice that.
-        first_layer: The LoRA begins at this decoder layer, counted from 0.
+        first_layer: The LoRA begins at this decoder layer, counted from 0; those below stay as they are, and
+            nothing is computed backwards through them.
+        minutes: Training ends after so many minutes at the latest; None for no limit.
+        seed: Of all that is drawn.
+    """
+
+    base: str | None = None
+    rank: int = Field(default=16, ge=1)
+    first_layer: int = Field(default=0, ge=0)
+    minutes: float | None = Field(default=None, gt=0)
+    seed: int = 0
+
+
+class WarmStartSettings(StageSettings):
+    """How the warm start trains.
+
+    Attributes:
+        learning_rate: Peak of a linear decay, which reaches zero with the last item or after `minutes`.
+        warmup_steps: Steps of linear warm-up before it.
+        batch: Examples a step, which share a policy.
+        items: Items to train on at most, in the order in which they are drawn; None for all.
+        micro_batch: Examples computed at once; only memory and speed depend on it.
+        max_prompt_tokens: A prompt or document is cut after so many tokens, in training only.
+        max_response_tokens: A response likewise; the prompt before it is cut at half as many.
+        policies: How the policy of each batch is drawn.
+        thoughts: Share of examples that teach a thought beside the bare verdict, 0 to 1.
+        category_weight: Weight of the categories that follow a bare verdict; the verdict's is 1.
+        thought_weight: Weight of the thought with its verdict.
+        through_policy: Whether the gradient runs through the shared part too. Without it the adapter still changes
+            what is computed there, but nothing is learned from that, and a step is about a third faster.
+        by_category: Whether it is for the dialect `rsafe-by-category`, which asks for each category by itself;
+            policies, thoughts and their weights then play no part.
+    """
+
+    learning_rate: float = Field(default=4e-4, gt=0)
+    warmup_steps: int = Field(default=10, ge=1)
+    batch: int = Field(default=24, ge=1)
+    items: int | None = Field(default=None, ge=1)
+    micro_batch: int = Field(default=4, ge=1)
+    max_prompt_tokens: int = Field(default=128, ge=8)
+    max_response_tokens: int = Field(default=96, ge=8)
+    policies: PolicyMix = PolicyMix(whole=0.5, names=0.3, reworded=0.1)
+    thoughts: float = Field(default=0.2, ge=0, le=1)
+    category_weight: float = Field(default=0.1, ge=0)
+    thought_weight: float = Field(default=0.4, ge=0)
+    through_policy: bool = True
+    by_category: bool = False
+
+
+class GRPOSettings(StageSettings):
+    """How GRPO trains. The defaults are the paper's (arXiv 2506.07736), where it names a value.
+
+    Attributes:
+        full: Whether all weights are trained; otherwise a LoRA is.
         learning_rate: Held after a linear warm-up.
         warmup_steps: Steps of that.
         epochs: Passes over the items.
@@ -84,14 +136,9 @@ class GRPOSettings(_Settings):
         evaluate_items: Held-out items that are judged each time; 0 for no evaluation.
         save_every: Steps between checkpoints.
         collapse_window: Training stops if so many steps in a row bring no verdict, or one label only.
-        minutes: Training ends after so many minutes at the latest; None for no limit.
-        seed: Of all that is drawn.
     """
 
-    base: str | None = None
     full: bool = False
-    rank: int = Field(default=16, ge=1)
-    first_layer: int = Field(default=0, ge=0)
     learning_rate: float = Field(default=1e-7, gt=0)
     warmup_steps: int = Field(default=0, ge=0)
     epochs: int = Field(default=3, ge=1)
@@ -120,8 +167,6 @@ class GRPOSettings(_Settings):
     evaluate_items: int = Field(default=100, ge=0)
     save_every: int = Field(default=25, ge=1)
     collapse_window: int = Field(default=20, ge=2)
-    minutes: float | None = Field(default=None, gt=0)
-    seed: int = 0
 
     @model_validator(mode="after")
     def _terms_can_work(self) -> Self:
@@ -135,22 +180,27 @@ class GRPOSettings(_Settings):
         return self
 
 
-def recipe_names() -> tuple[str, ...]:
-    """The recipes that come with the package."""
-    return tuple(sorted(Path(file.name).stem for file in _PACKAGED.iterdir()))
+_Stage = TypeVar("_Stage", bound=StageSettings)
+_FOLDERS: dict[type[StageSettings], str] = {WarmStartSettings: "warm-start", GRPOSettings: "grpo"}
 
 
-def load_recipe(recipe: str | Path | None, options: Mapping[str, Any]) -> GRPOSettings:
+def recipe_names(stage: type[StageSettings]) -> tuple[str, ...]:
+    """The recipes of a stage that come with the package."""
+    return tuple(sorted(Path(file.name).stem for file in _PACKAGED.joinpath(_FOLDERS[stage]).iterdir()))
+
+
+def load_recipe(stage: type[_Stage], recipe: str | Path | None, options: Mapping[str, Any]) -> _Stage:
     """A recipe, and what is to be different from it.
 
     Args:
-        recipe: One of `recipe_names()`, or a YAML file; None for the defaults.
+        stage: What it sets.
+        recipe: One of `recipe_names(stage)`, or a YAML file; None for the defaults.
         options: Settings that win over the recipe's. A name may reach into `policies`, as in `policies.whole`.
 
     Raises:
         SettingsError: There is no such recipe, or it or an option can't be used.
     """
-    values = _read(recipe) if recipe is not None else {}
+    values = _read(stage, recipe) if recipe is not None else {}
     source = f"The recipe {recipe}" if recipe is not None else "The settings"
     for name, value in options.items():
         head, dot, tail = name.partition(".")
@@ -159,12 +209,12 @@ def load_recipe(recipe: str | Path | None, options: Mapping[str, Any]) -> GRPOSe
         elif isinstance(part := values.setdefault(head, {}), dict):
             part[tail] = value
     try:
-        return GRPOSettings.model_validate(values)
+        return stage.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
-            part = PolicyMix if where.startswith("policies.") else GRPOSettings
+            part = PolicyMix if where.startswith("policies.") else stage
             raise SettingsError(
                 f"{source} has the setting {where}, which there is not; expected one of "
                 f"{', '.join(part.model_fields)}."
@@ -173,16 +223,16 @@ def load_recipe(recipe: str | Path | None, options: Mapping[str, Any]) -> GRPOSe
         raise SettingsError(f"{source} can't be used: {where + ': ' if where else ''}{said}.") from error
 
 
-def _read(recipe: str | Path) -> dict[str, Any]:
+def _read(stage: type[StageSettings], recipe: str | Path) -> dict[str, Any]:
     try:
-        if str(recipe) in recipe_names():
-            text = _PACKAGED.joinpath(f"{recipe}.yaml").read_text("utf-8")
+        if str(recipe) in recipe_names(stage):
+            text = _PACKAGED.joinpath(_FOLDERS[stage], f"{recipe}.yaml").read_text("utf-8")
         else:
             text = Path(recipe).read_text("utf-8")
         values = yaml.safe_load(text)
     except FileNotFoundError as error:
         raise SettingsError(
-            f"Expected a recipe's file or one of {', '.join(recipe_names())}, and there is no {recipe}."
+            f"Expected a recipe's file or one of {', '.join(recipe_names(stage))}, and there is no {recipe}."
         ) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"The recipe {recipe} can't be read: {' '.join(str(error).split())}.") from error

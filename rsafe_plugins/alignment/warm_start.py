@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from rsafe_plugins.alignment.examples import Example, PolicyVariant
 from rsafe_plugins.alignment.prompts import TrainingPrompt
+from rsafe_plugins.alignment.recipe import WarmStartSettings
 from rsafe_plugins.backends.causal_lm import load
 from rsafe_plugins.errors import BackendUnavailable, RSafeError
 from rsafe_plugins.guard.prompt import GuardPrompt
@@ -37,42 +38,6 @@ CHECKPOINT_SECONDS = 300
 
 class AlignmentError(RSafeError):
     """Training can't go on: the data, the base or a setting is wrong, or the loss is no number."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WarmStartSettings:
-    """How the warm start trains.
-
-    Attributes:
-        rank: Rank of the LoRA on the linear layers; its alpha is twice that.
-        first_layer: The LoRA begins at this decoder layer, counted from 0; those below stay as they are, and
-            nothing is computed backwards through them.
-        learning_rate: Peak of a linear decay.
-        warmup_steps: Steps of linear warm-up before it.
-        micro_batch: Examples computed at once; only memory and speed depend on it.
-        max_prompt_tokens: A prompt or document is cut after so many tokens, in training only.
-        max_response_tokens: A response likewise; the prompt before it is cut at half as many.
-        category_weight: Weight of the categories that follow a bare verdict; the verdict's is 1.
-        thought_weight: Weight of the thought with its verdict.
-        through_policy: Whether the gradient runs through the shared part too. Without it the adapter still changes
-            what is computed there, but nothing is learned from that, and a step is about a third faster.
-        minutes: The learning rate reaches zero, and training ends, after so many minutes at the latest; None
-            for no limit.
-        seed: Of the adapter's start.
-    """
-
-    rank: int = 16
-    first_layer: int = 0
-    learning_rate: float = 4e-4
-    warmup_steps: int = 10
-    micro_batch: int = 4
-    max_prompt_tokens: int = 128
-    max_response_tokens: int = 96
-    category_weight: float = 0.1
-    thought_weight: float = 0.4
-    through_policy: bool = True
-    minutes: float | None = None
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,7 +262,7 @@ class WarmStart:
         self.tokenizer = tokenizer
         self.encoder = encoder(tokenizer, prompt, settings)
         self._run = {
-            **asdict(settings),
+            **settings.model_dump(mode="json"),
             "base": str(base),
             "adapter": str(adapter) if adapter else None,
             "template": prompt.digest,

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from rsafe_plugins.alignment.data import TrainingData, TrainingFile
 
 _WARM_START, _GRPO = "warm-start", "grpo"
-_EXAMPLES_A_STEP = 24
 _PACKAGES = ("rsafe-plugins", "torch", "transformers", "peft", "trl", "vllm")
 
 
@@ -52,14 +51,14 @@ _PACKAGES = ("rsafe-plugins", "torch", "transformers", "peft", "trl", "vllm")
 @click.option(
     "--batch",
     type=click.IntRange(min=1),
-    help="warm-start: examples a step, which share a policy [default: 24]; grpo: prompts a step.",
+    help="warm-start: examples a step, which share a policy; grpo: prompts a step.",
 )
-@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="warm-start: [default: 4e-4].")
-@click.option("--rank", type=click.IntRange(min=1), help="Of the LoRA. [default: 16]")
+@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="Its peak.")
+@click.option("--rank", type=click.IntRange(min=1), help="Of the LoRA.")
 @click.option(
     "--first-layer",
     type=click.IntRange(min=0),
-    help="Decoder layers below this one are left as they are, which is faster. [default: 0]",
+    help="Decoder layers below this one are left as they are, which is faster.",
 )
 @click.option(
     "--through-policy/--stop-at-policy",
@@ -70,17 +69,18 @@ _PACKAGES = ("rsafe-plugins", "torch", "transformers", "peft", "trl", "vllm")
 @click.option(
     "--by-category",
     is_flag=True,
+    default=None,
     help="warm-start: for the dialect rsafe-by-category, which asks for each category by itself.",
 )
 @click.option(
     "--recipe",
     metavar="NAME|PATH",
-    help="grpo: a recipe of the package (rsafe-7b, embedded), or a YAML file.",
+    help="A recipe of the package (warm-start: embedded; grpo: embedded, rsafe-7b), or a YAML file.",
 )
 @click.option(
     "--merged", is_flag=True, help="Also write base and adapter as one Hugging Face folder, for vLLM."
 )
-@click.option("--full", is_flag=True, help="grpo: train all weights instead of a LoRA.")
+@click.option("--full", is_flag=True, default=None, help="grpo: train all weights instead of a LoRA.")
 @click.option(
     "--rollouts",
     type=click.Choice(["transformers", "vllm"]),
@@ -91,7 +91,7 @@ _PACKAGES = ("rsafe-plugins", "torch", "transformers", "peft", "trl", "vllm")
     "changes",
     metavar="NAME=VALUE",
     multiple=True,
-    help="grpo: any setting of a recipe, such as group_size=8 or policies.whole=0.5; may be repeated.",
+    help="Any setting of a recipe, such as micro_batch=8 or policies.whole=0.5; may be repeated.",
 )
 @click.option(
     "--held-out",
@@ -100,20 +100,16 @@ _PACKAGES = ("rsafe-plugins", "torch", "transformers", "peft", "trl", "vllm")
     show_default=True,
     help="Items a file to leave out; they are written to held-out.jsonl.",
 )
-@click.option("--seed", type=int, help="Of all that is drawn. [default: 0]")
+@click.option("--seed", type=int, help="Of all that is drawn.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
 def align(
     files: tuple[str, ...],
     stage: str,
     out: Path,
-    base: str | None,
     adapter: Path | None,
     template: str | None,
-    through_policy: bool | None,
-    by_category: bool,
     recipe: str | None,
     merged: bool,
-    full: bool,
     changes: tuple[str, ...],
     held_out: int,
     as_json: bool,
@@ -129,31 +125,23 @@ def align(
     _check_stage(
         stage,
         {
-            _GRPO: {"--recipe": recipe, "--set": changes, "--full": full, "--rollouts": options["rollouts"]},
+            _GRPO: {"--full": options["full"], "--rollouts": options["rollouts"]},
             _WARM_START: {
-                "--through-policy/--stop-at-policy": through_policy is not None,
-                "--by-category": by_category,
+                "--through-policy/--stop-at-policy": options["through_policy"] is not None,
+                "--by-category": options["by_category"],
             },
         },
     )
-    if merged and full:
+    if merged and options["full"]:
         raise click.UsageError("--full trains all weights: there is no adapter to merge.")
-    if by_category and template:
-        raise click.UsageError("--by-category has a prompt of its own: leave --template out.")
     from rsafe_plugins.alignment.data import TrainingFile
 
-    chosen = {name: value for name, value in options.items() if value is not None}
+    chosen = {**_changes(changes), **{name: value for name, value in options.items() if value is not None}}
     sources = [TrainingFile.parse(text) for text in files]
-    job = _Job(sources, held_out, out, base, adapter, template)
+    job = _Job(sources, held_out, out, adapter, template)
     try:
-        if stage == _WARM_START:
-            if through_policy is not None:
-                chosen["through_policy"] = through_policy
-            report = _warm_start(job, chosen, by_category)
-        else:
-            if full:
-                chosen["full"] = True
-            report = _grpo(job, recipe, {**_changes(changes), **chosen})
+        run = _warm_start if stage == _WARM_START else _grpo
+        report = run(job, recipe, chosen)
         if report is not None and merged:
             report["merged"] = _merged(report, out)
     except ImportError as error:
@@ -162,6 +150,7 @@ def align(
         return 0
     report = {
         "stage": stage,
+        "recipe": recipe,
         **job.record(),
         **report,
         "from_adapter": str(adapter) if adapter else None,
@@ -205,7 +194,6 @@ class _Job:
     files: list[TrainingFile]
     held_out: int
     out: Path
-    base: str | None
     adapter: Path | None
     template: str | None
 
@@ -229,39 +217,49 @@ class _Job:
         (self.out / "held-out.jsonl").write_text(lines, "utf-8")
 
 
-def _warm_start(job: _Job, options: dict[str, Any], by_category: bool) -> dict[str, Any] | None:
+def _warm_start(job: _Job, recipe: str | None, options: dict[str, Any]) -> dict[str, Any] | None:
     """Runs the stage; returns what to report, from the first process."""
+    from rsafe_plugins.alignment.recipe import WarmStartSettings, load_recipe
+
+    settings = load_recipe(WarmStartSettings, recipe, options)
+    if settings.by_category and job.template:
+        raise click.UsageError("by_category has a prompt of its own: leave --template out.")
+    data = job.data(settings.seed)
     from rsafe_plugins.alignment.by_category import CategoryEncoder, answerable, category_batches
     from rsafe_plugins.alignment.categorize import Categorizer
     from rsafe_plugins.alignment.examples import batches, category_ids
-    from rsafe_plugins.alignment.warm_start import Encoder, WarmStart, WarmStartSettings
+    from rsafe_plugins.alignment.warm_start import Encoder, WarmStart
     from rsafe_plugins.backends.weights import embedded_weights
     from rsafe_plugins.guard.dialects.rsafe_by_category import RSafeByCategory
     from rsafe_plugins.guard.prompt import GuardPrompt
 
-    batch = options.pop("batch", _EXAMPLES_A_STEP)
-    settings = WarmStartSettings(**options)
-    data = job.data(settings.seed)
-    base = job.base or str(embedded_weights())
-    record = {**job.record(), "batch": batch, "by_category": by_category}
-    prompt = RSafeByCategory().prompt if by_category else GuardPrompt(job.template)
-    encoder = CategoryEncoder if by_category else Encoder
-    stage = WarmStart(base, prompt, settings, job.out, record, job.adapter, encoder)
+    base = settings.base or str(embedded_weights())
+    prompt = RSafeByCategory().prompt if settings.by_category else GuardPrompt(job.template)
+    encoder = CategoryEncoder if settings.by_category else Encoder
+    stage = WarmStart(base, prompt, settings, job.out, job.record(), job.adapter, encoder)
     if stage.rank == 0:
         job.write_held_out(data)
     drawn: Iterator[tuple[Any, Sequence[Any]]]
-    if by_category:
+    if settings.by_category:
         items = answerable(data.items)
-        drawn = category_batches(items, batch, settings.seed)
+        drawn = category_batches(items, settings.batch, settings.seed)
     else:
         items = data.items
         categorizer = Categorizer([*data.items, *data.unused], category_ids)
-        drawn = batches(items, batch, settings.seed, categorizer)
+        drawn = batches(
+            items,
+            settings.batch,
+            settings.seed,
+            categorizer,
+            policies=settings.policies,
+            thoughts=settings.thoughts,
+        )
+    total = min(len(items), settings.items or len(items))
     with _progress(shown=stage.rank == 0) as progress:
-        bar = progress.add_task(_WARM_START, total=len(items), figure="")
+        bar = progress.add_task(_WARM_START, total=total, figure="")
         stage.train(
             drawn,
-            len(items),
+            total,
             lambda seen, loss: progress.update(bar, completed=seen, figure=f"loss {loss:.3f}"),
         )
     folder = stage.save()
@@ -270,9 +268,7 @@ def _warm_start(job: _Job, options: dict[str, Any], by_category: bool) -> dict[s
     rows = stage.log.rows
     return {
         "items": rows[-1]["seen"],
-        "batch": batch,
-        "by_category": by_category,
-        "settings": asdict(settings),
+        "settings": settings.model_dump(mode="json"),
         "base": base,
         "minutes": round(rows[-1]["minutes"], 1),
         "last_loss": sum(row["loss"] for row in rows[-10:]) / len(rows[-10:]),
@@ -284,15 +280,15 @@ def _warm_start(job: _Job, options: dict[str, Any], by_category: bool) -> dict[s
 
 def _grpo(job: _Job, recipe: str | None, options: dict[str, Any]) -> dict[str, Any] | None:
     """Runs the stage; returns what to report, from the first process."""
-    from rsafe_plugins.alignment.recipe import load_recipe
+    from rsafe_plugins.alignment.recipe import GRPOSettings, load_recipe
 
-    settings = load_recipe(recipe, options)
+    settings = load_recipe(GRPOSettings, recipe, options)
     data = job.data(settings.seed)
     from rsafe_plugins.alignment.grpo import GRPO
     from rsafe_plugins.backends.weights import embedded_weights
     from rsafe_plugins.guard.prompt import GuardPrompt
 
-    base = job.base or settings.base or str(embedded_weights())
+    base = settings.base or str(embedded_weights())
     stage = GRPO(
         base,
         GuardPrompt(job.template),
@@ -314,7 +310,6 @@ def _grpo(job: _Job, recipe: str | None, options: dict[str, Any]) -> dict[str, A
     rows = stage.log.rows
     measured = [row for row in rows if "held_out_accuracy" in row]
     report = {
-        "recipe": recipe,
         "settings": settings.model_dump(mode="json"),
         "base": base,
         "steps": len(rows),

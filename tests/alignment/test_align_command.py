@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from rsafe_plugins.alignment.recipe import WarmStartSettings, load_recipe
 from rsafe_plugins.cli import main
 
 pytestmark = pytest.mark.align
@@ -22,16 +23,22 @@ def test_training_leaves_an_adapter_for_peft_and_for_llama_cpp_and_says_what_was
 ) -> None:
     data, out = write(tmp_path / "data.jsonl"), tmp_path / "run"
     command = ["align", "--stage", "warm-start", f"{data}@20", "--base", str(tiny_base), "--out", str(out)]
-    status = main([*command, "--batch", "8", "--held-out", "4", "--json"])
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("batch: 4\npolicies: {whole: 1}\n")
+    command += ["--recipe", str(recipe), "--set", "thoughts=0", "--set", "items=16", "--batch", "8"]
+    status = main([*command, "--held-out", "4", "--json"])
     printed = capsys.readouterr().out
     assert status == 0
     report = json.loads(printed)
     assert report == json.loads((out / "run.json").read_text())
-    assert report["items"] == 20
+    assert report["items"] == 16
+    changed = {"policies.whole": 1, "policies.names": 0, "policies.reworded": 0, "thoughts": 0, "items": 16}
+    expected = {**changed, "batch": 8, "base": str(tiny_base)}
+    assert report["settings"] == load_recipe(WarmStartSettings, None, expected).model_dump(mode="json")
     assert Path(report["gguf"]).read_bytes()[:4] == b"GGUF"
     assert (out / "adapter" / "adapter_model.safetensors").exists()
     assert len((out / "held-out.jsonl").read_text().splitlines()) == 4
-    assert json.loads((out / "log.jsonl").read_text().splitlines()[-1])["seen"] == 20
+    assert json.loads((out / "log.jsonl").read_text().splitlines()[-1])["seen"] == 16
 
 
 def test_base_and_adapter_can_be_written_as_one_folder(

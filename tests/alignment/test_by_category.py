@@ -17,7 +17,8 @@ from rsafe_plugins.alignment.by_category import (
     questions,
 )
 from rsafe_plugins.alignment.examples import category_ids, wordings_of
-from rsafe_plugins.alignment.warm_start import WarmStart, WarmStartSettings
+from rsafe_plugins.alignment.recipe import WarmStartSettings
+from rsafe_plugins.alignment.warm_start import WarmStart
 from rsafe_plugins.cli import main
 from rsafe_plugins.evaluation.items import LabelledItem
 from rsafe_plugins.guard.dialects.rsafe_by_category import RSafeByCategory
@@ -140,7 +141,7 @@ def test_the_command_trains_for_the_dialect(
     status = main([*command, "--out", str(tmp_path / "run"), "--batch", "4", "--held-out", "0"])
     report = json.loads(capsys.readouterr().out)
     assert status == 0
-    assert report["by_category"] is True
+    assert report["settings"]["by_category"] is True
     assert report["items"] == 12
     template = tmp_path / "template.jinja"
     assert main([*command, "--out", str(tmp_path / "other"), "--template", str(template)]) == 2

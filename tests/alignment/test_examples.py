@@ -1,11 +1,19 @@
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from rsafe_plugins import Policy
-from rsafe_plugins.alignment.examples import PolicyVariant, batches, category_ids, example, policy_variant
+from rsafe_plugins.alignment.examples import (
+    Example,
+    PolicyVariant,
+    batches,
+    category_ids,
+    example,
+    policy_variant,
+)
+from rsafe_plugins.alignment.recipe import PolicyMix, WarmStartSettings
 from rsafe_plugins.evaluation.items import LabelledItem
 from rsafe_plugins.guard.verdict import named_categories, parse_answer
 
@@ -24,6 +32,13 @@ def item(
     label: str = "unsafe", *categories: str, text: str = "some words that are judged here"
 ) -> LabelledItem:
     return LabelledItem(id=text + label, task="prompt", prompt=text, label=label, categories=categories)  # type: ignore[arg-type]
+
+
+def drawn(
+    items: list[LabelledItem], size: int, seed: int = 0
+) -> Iterator[tuple[PolicyVariant, list[Example]]]:
+    settings = WarmStartSettings()
+    return batches(items, size, seed, UNSURE, policies=settings.policies, thoughts=settings.thoughts)
 
 
 def variant(*ids: str) -> PolicyVariant:
@@ -92,7 +107,7 @@ def test_a_batch_holds_items_of_like_length() -> None:
     items = [item("safe", text=" ".join(["word"] * (1 + n % 100))) for n in range(400)]
     spreads = [
         max(lengths) - min(lengths)
-        for _, batch in batches(items, 8, 0, UNSURE)
+        for _, batch in drawn(items, 8)
         for lengths in [[len(example.content.text.split()) for example in batch]]
     ]
     assert sum(spreads) / len(spreads) < 20
@@ -123,11 +138,25 @@ def test_every_item_is_used_once_and_a_batch_has_one_policy_and_one_task() -> No
         for n in range(20)
     ]
     items += [LabelledItem(id=f"d{n}", task="document", document=f"d {n}", label="unsafe") for n in range(20)]
-    made = list(batches(items, 8, 0, UNSURE))
+    made = list(drawn(items, 8))
     texts = [example.content.text for _, batch in made for example in batch]
     assert sorted(texts) == sorted(getattr(one, one.task) for one in items)
     for _, batch in made:
         assert len({example.content.kind for example in batch}) == 1
+
+
+def test_policies_and_thoughts_are_as_the_settings_say() -> None:
+    items = [item("unsafe", "Hate", text=f"hateful words number {n}") for n in range(40)]
+    made = list(batches(items, 8, 0, UNSURE, policies=PolicyMix(whole=1.0), thoughts=0.0))
+    assert {variant.policy.digest for variant, _ in made} == {Policy.load("rsafe-18").digest}
+    assert all(one.thought is None for _, batch in made for one in batch)
+    taught = [
+        one
+        for _, batch in batches(items, 8, 0, UNSURE, policies=PolicyMix(whole=0.0), thoughts=1.0)
+        for one in batch
+    ]
+    assert {one.label for one in taught} == {"safe", "unsafe"}
+    assert all(one.thought for one in taught)
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -135,7 +164,7 @@ def test_the_seed_decides_the_batches(same: bool) -> None:
     items = [item("safe", text=f"harmless words number {n}") for n in range(30)]
 
     def run(seed: int) -> list[str]:
-        return [example.content.text for _, batch in batches(items, 4, seed, UNSURE) for example in batch]
+        return [example.content.text for _, batch in drawn(items, 4, seed) for example in batch]
 
     compare: Callable[[Any, Any], bool] = (lambda a, b: a == b) if same else (lambda a, b: a != b)
     assert compare(run(1), run(1 if same else 2))

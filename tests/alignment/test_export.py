@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rsafe_plugins.alignment.export import ExportError, export_gguf, export_merged
-from rsafe_plugins.alignment.warm_start import WarmStart, WarmStartSettings
+from rsafe_plugins.alignment.recipe import WarmStartSettings
+from rsafe_plugins.alignment.warm_start import WarmStart
 from rsafe_plugins.guard.prompt import GuardPrompt
 
 pytestmark = pytest.mark.align

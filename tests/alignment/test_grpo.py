@@ -34,7 +34,7 @@ SETTINGS: dict[str, Any] = {
     "gradient_checkpointing": False,
     "kl": 0.0,
     "policies": {"whole": 0.0},
-    "evaluate_every": 2,
+    "evaluate_every": 4,
     "evaluate_items": 4,
     "save_every": 2,
     "steps": 4,
@@ -111,7 +111,7 @@ def weights(run: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("full", [False, True])
 def test_three_steps_earn_rewards_and_change_the_weights(stage: Stage, tmp_path: Path, full: bool) -> None:
-    run = stage(steps=3, full=full, learning_rate=1e-3 if full else 1e-2)
+    run = stage(steps=3, full=full, learning_rate=1e-3 if full else 1e-2, evaluate_every=2)
     before = weights(run)
     assert all("lora_" in name for name in before) is not full
     run.train()
@@ -227,7 +227,8 @@ def test_the_command_leaves_an_adapter_for_llama_cpp_and_what_reproduces_it(
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((out / "run.json").read_text())
     assert (report["steps"], report["settings"]["seed"], report["settings"]["group_size"]) == (1, 3, 4)
-    assert report["settings"] == load_recipe(recipe, {"steps": 1, "seed": 3}).model_dump(mode="json")
+    settings = load_recipe(GRPOSettings, recipe, {"steps": 1, "seed": 3, "base": str(speaking_base)})
+    assert report["settings"] == settings.model_dump(mode="json")
     assert len(report["sha256"][0]) == 64
     assert report["versions"]["trl"]
     assert Path(report["gguf"]).read_bytes()[:4] == b"GGUF"
@@ -237,7 +238,10 @@ def test_the_command_leaves_an_adapter_for_llama_cpp_and_what_reproduces_it(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--stage", "warm-start", "--recipe", "embedded"], "--recipe is for the stage grpo"),
+        (["--stage", "warm-start", "--rollouts", "vllm"], "--rollouts is for the stage grpo"),
+        (["--stage", "warm-start", "--set", "group_size=4"], "group_size, which there is not"),
+        (["--stage", "warm-start", "--recipe", "rsafe-7b"], "one of embedded, and there is no rsafe-7b"),
+        (["--stage", "warm-start", "--by-category", "--template", "t.txt"], "leave --template out"),
         (["--stage", "grpo", "--stop-at-policy"], "is for the stage warm-start"),
         (["--stage", "grpo", "--set", "steps"], "--set NAME=VALUE"),
         (["--stage", "grpo", "--set", "stepps=1"], "stepps, which there is not"),

@@ -2,18 +2,32 @@ from pathlib import Path
 
 import pytest
 
-from rsafe_plugins.alignment.recipe import GRPOSettings, load_recipe, recipe_names
+from rsafe_plugins.alignment.recipe import (
+    GRPOSettings,
+    StageSettings,
+    WarmStartSettings,
+    load_recipe,
+    recipe_names,
+)
 from rsafe_plugins.errors import SettingsError
 
 
-def test_the_packages_recipes_can_be_used() -> None:
-    assert set(recipe_names()) == {"embedded", "rsafe-7b"}
-    for name in recipe_names():
-        assert isinstance(load_recipe(name, {}), GRPOSettings)
+@pytest.mark.parametrize(
+    ("stage", "names"), [(WarmStartSettings, {"embedded"}), (GRPOSettings, {"embedded", "rsafe-7b"})]
+)
+def test_the_packages_recipes_can_be_used(stage: type[StageSettings], names: set[str]) -> None:
+    assert set(recipe_names(stage)) == names
+    for name in names:
+        assert isinstance(load_recipe(stage, name, {}), stage)
+
+
+def test_the_embedded_recipes_fit_together() -> None:
+    first, second = load_recipe(WarmStartSettings, "embedded", {}), load_recipe(GRPOSettings, "embedded", {})
+    assert (first.base, first.rank, first.first_layer) == (second.base, second.rank, second.first_layer)
 
 
 def test_the_7b_recipe_is_the_papers() -> None:
-    recipe = load_recipe("rsafe-7b", {})
+    recipe = load_recipe(GRPOSettings, "rsafe-7b", {})
     assert recipe.base == "Qwen/Qwen2.5-7B-Instruct"
     assert recipe.full
     assert (recipe.learning_rate, recipe.epochs, recipe.batch, recipe.group_size) == (1e-7, 3, 32, 4)
@@ -27,7 +41,7 @@ def test_the_7b_recipe_is_the_papers() -> None:
 def test_options_win_over_the_recipe_and_leave_the_rest(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("batch: 8\ngroup_size: 6\npolicies: {whole: 0.5, names: 0.25}\n")
-    settings = load_recipe(path, {"batch": 2, "policies.whole": 0.1})
+    settings = load_recipe(GRPOSettings, path, {"batch": 2, "policies.whole": 0.1})
     assert (settings.batch, settings.group_size) == (2, 6)
     assert (settings.policies.whole, settings.policies.names) == (0.1, 0.25)
 
@@ -49,10 +63,10 @@ def test_a_recipe_that_cannot_be_used_is_one_sentence(tmp_path: Path, text: str,
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(SettingsError, match=says) as error:
-        load_recipe(path, {})
+        load_recipe(GRPOSettings, path, {})
     assert "\n" not in str(error.value)
 
 
 def test_a_recipe_that_is_not_there_is_told_beside_those_that_are() -> None:
     with pytest.raises(SettingsError, match=r"embedded, rsafe-7b, and there is no rsafe-8b"):
-        load_recipe("rsafe-8b", {})
+        load_recipe(GRPOSettings, "rsafe-8b", {})

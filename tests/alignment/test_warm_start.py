@@ -8,7 +8,8 @@ import torch
 
 from rsafe_plugins import Category, Content, Policy
 from rsafe_plugins.alignment.examples import Example, PolicyVariant
-from rsafe_plugins.alignment.warm_start import AlignmentError, WarmStart, WarmStartSettings
+from rsafe_plugins.alignment.recipe import WarmStartSettings
+from rsafe_plugins.alignment.warm_start import AlignmentError, WarmStart
 from rsafe_plugins.guard.prompt import GuardPrompt
 
 pytestmark = pytest.mark.align
