@@ -100,6 +100,11 @@ def ways(url: str) -> dict[str, Way]:
     async def check_many(texts: Sequence[str]) -> None:
         sound(await guard.acheck_many(texts))
 
+    unnamed = Guard(backend=guard.backend, reasoning="never", name_categories=False, timeout=600)
+
+    async def check_unnamed(texts: Sequence[str]) -> None:
+        sound(await unnamed.acheck_many(texts))
+
     own = RSafeGuard(guard, exit_behavior="annotate")
     chain = (
         ChatPromptTemplate.from_messages(
@@ -129,6 +134,7 @@ def ways(url: str) -> dict[str, Way]:
     own_rails.custom_data = {"rsafe": guard}
     return {
         "Guard.check_many": check_many,
+        "Guard.check_many, categories unnamed": check_unnamed,
         "LlamaGuardModeratorPack's way, one message at a time": one_message_at_a_time,
         "LangChain: RSafeGuard": own.abatch,
         "LangChain: prompt | model | parser": lambda texts: chain.abatch([{"text": text} for text in texts]),

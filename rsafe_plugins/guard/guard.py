@@ -98,6 +98,7 @@ class Guard:
         timeout: Seconds for one check.
         on_error: What a failed check does: `block` (the default), `allow`, or `raise`.
         cache: Seconds for which a verdict is kept for the same content; 0, the default, keeps none.
+        name_categories: Whether what is blocked without a thought gets a second request that names categories.
         policy_tokens: What the policy may take of the prompt, in tokens; a longer one loses examples.
         dialect: How the guard model is asked and answers: a name such as `llama-guard`, or a dialect file. Left
             out, it is guessed from the model's name.
@@ -128,6 +129,7 @@ class Guard:
         timeout: float | None = None,
         on_error: OnError | None = None,
         cache: float | None = None,
+        name_categories: bool | None = None,
         policy_tokens: int | None = None,
         dialect: str | Path | None = None,
         template: str | Path | None = None,
@@ -488,7 +490,7 @@ class Guard:
     async def _name_categories(self, checks: Sequence[_Check]) -> None:
         """What a bare unsafe verdict is for. It explains a block and can't lift it."""
         naming = self.dialect.naming
-        if naming is None or not self._can_begin:
+        if naming is None or not self._can_begin or not self.settings.name_categories:
             return
 
         def read(check: _Check, completion: Completion) -> None:

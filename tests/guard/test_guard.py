@@ -235,6 +235,15 @@ def test_no_verdict_rests_on_a_bound_that_could_be_otherwise(
     assert verdict.blocked == (label != "safe")
 
 
+def test_categories_can_be_left_unnamed_and_what_is_blocked_then_takes_one_request() -> None:
+    for named, requests in ((True, 2), (False, 1)):
+        backend = scored(0.9)
+        verdict = Guard(backend=backend, reasoning="never", name_categories=named).check("x")
+        assert verdict.blocked
+        assert bool(verdict.categories) is named
+        assert len(backend.requests) == requests
+
+
 def test_never_names_the_categories_of_what_it_blocks() -> None:
     verdict = Guard(backend=scored(0.9), reasoning="never").check("x")
     assert (verdict.label, verdict.categories, verdict.unknown_categories) == (
