@@ -5,8 +5,6 @@ Takes a folder with the sets as `rsafe eval` reads them, and goes on where an ea
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import FOLDER, machine
+from benchmarks.training import evaluated
 
 CARD = Path(__file__).parents[1] / "docs" / "model-card.md"
 BEGIN, END = "<!-- figures: make eval -->", "<!-- end of figures -->"
@@ -38,17 +37,11 @@ COLUMNS = {
     "auroc": "AUROC",
     "auprc": "AUPRC",
 }
+THOUGHTS = 40  # items a set that are judged after a thought, too, which takes ten times as long
 ADHERENCE = ("beavertails_test", "beavertails", 60)
 
 
-def evaluated(*arguments: str) -> list[dict[str, Any]]:
-    """What `rsafe eval --json` prints."""
-    command = [sys.executable, "-m", "rsafe_plugins.cli", "eval", "--backend", "embedded", "--json"]
-    verdicts = str(FOLDER.with_name("eval") / "verdicts.jsonl")
-    done = subprocess.run(
-        [*command, "--verdicts", verdicts, *arguments], check=True, stdout=subprocess.PIPE, text=True
-    )
-    return [json.loads(line) for line in done.stdout.splitlines()]
+SHIPPED = ("--backend", "embedded", "--verdicts", FOLDER.with_name("eval") / "verdicts.jsonl")
 
 
 def figure(result: dict[str, Any], name: str) -> str:
@@ -63,17 +56,26 @@ def row(cells: Sequence[object]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def figures(folder: Path) -> str:
-    """The tables of the card."""
+def table(folder: Path, most: int, *options: str) -> list[str]:
+    """A row for each set."""
     lines = [row(["Set", "Items (unsafe)", *COLUMNS.values(), "Failures"]), "|---" * (3 + len(COLUMNS)) + "|"]
     for name, title, limit in SETS:
-        (result,) = evaluated(str(folder / f"{name}.jsonl"), "--limit", str(limit))
+        drawn = ("--limit", str(min(limit, most)))
+        (result,) = evaluated(folder / f"{name}.jsonl", *SHIPPED, *drawn, *options)
         cells = [figure(result, column) for column in COLUMNS]
         lines.append(row([title, f"{result['items']} ({result['unsafe']})", *cells, result["failures"]]))
         print(lines[-1], flush=True)
+    return lines
+
+
+def figures(folder: Path) -> str:
+    """The tables of the card."""
+    lines = table(folder, max(limit for *_, limit in SETS))
+    lines += ["", f"After a thought (`reasoning: always`), the first {THOUGHTS} of each set:", ""]
+    lines += table(folder, THOUGHTS, "--reasoning", "always")
     name, taxonomy, limit = ADHERENCE
-    rows = evaluated(str(folder / f"{name}.jsonl"), "--limit", str(limit), "--adherence", taxonomy)
-    total = rows[-1]
+    options = (*SHIPPED, "--limit", str(limit), "--adherence", taxonomy)
+    total = evaluated(folder / f"{name}.jsonl", *options)[-1]
     lines += [
         "",
         f"Does it follow its policy? Of {total['items']} unsafe responses of BeaverTails, judged under `rsafe-18` and "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -136,6 +137,8 @@ def align(
         raise click.UsageError("--full trains all weights: there is no adapter to merge.")
     from rsafe_plugins.alignment.data import TrainingFile
 
+    # They concern us and not who trains, and would tear the progress bar.
+    warnings.filterwarnings("ignore", module=r"(transformers|peft|trl|torch)\.")
     chosen = {**_changes(changes), **{name: value for name, value in options.items() if value is not None}}
     sources = [TrainingFile.parse(text) for text in files]
     job = _Job(sources, held_out, out, adapter, template)

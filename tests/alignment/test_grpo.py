@@ -136,6 +136,26 @@ def test_three_steps_earn_rewards_and_change_the_weights(stage: Stage, tmp_path:
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_the_papers_recipe_runs_on_a_small_base(speaking_base: Path, template: Path, tmp_path: Path) -> None:
+    from rsafe_plugins.alignment.grpo import GRPO
+
+    smaller = {
+        "base": str(speaking_base),
+        "rollouts": "transformers",
+        "batch": 2,
+        "max_tokens": 40,
+        "steps": 1,
+    }
+    settings = load_recipe(GRPOSettings, "rsafe-7b", smaller)
+    run = GRPO(speaking_base, GuardPrompt(template), settings, ITEMS, ITEMS[:4], tmp_path / "run")
+    before = weights(run)
+    run.train()
+    (row,) = log_of(tmp_path / "run")
+    assert row.keys() >= {"kl", "reward", "held_out_missed_harm"}
+    assert len(weights(run)) == len(before) > 0
+    assert not any("lora" in name for name in before)
+
+
 @pytest.mark.parametrize("goes_on", [False, True])
 def test_a_run_that_died_goes_on_as_if_it_had_not(stage: Stage, tmp_path: Path, goes_on: bool) -> None:
     changed: dict[str, Any] = {"kl": 0.1} if goes_on else {}

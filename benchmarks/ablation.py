@@ -1,0 +1,120 @@
+"""What each part of training does for the embedded guard: several trainings on the same items, side by side.
+
+Takes the folder of the training data, the folder of the public sets, how many items each warm start is given, and how
+many steps GRPO. Writes a table. Goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.record import FOLDER, machine
+from benchmarks.training import align, evaluated, training_files
+
+OUT = FOLDER.with_name("ablation")
+ONE_POLICY = ("--set", "policies.whole=1", "--set", "policies.names=0")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One training.
+
+    Attributes:
+        name: Of its folder.
+        title: Of its row.
+        options: Of `rsafe align`.
+        after: The training whose adapter it goes on from by GRPO; empty for a warm start.
+        dialect: How it is asked.
+    """
+
+    name: str
+    title: str
+    options: tuple[str, ...] = ()
+    after: str = ""
+    dialect: str = "rsafe"
+
+
+VARIANTS = (
+    Variant(
+        "labels",
+        "labels alone, one policy",
+        (*ONE_POLICY, "--set", "policies.reworded=0", "--set", "thoughts=0", "--set", "category_weight=0"),
+    ),
+    Variant("one-policy", "warm start, one policy", (*ONE_POLICY, "--set", "policies.reworded=0")),
+    Variant("policies", "warm start, policies drawn"),
+    Variant("one-policy-grpo", "warm start and GRPO, one policy", ONE_POLICY, after="one-policy"),
+    Variant("policies-grpo", "warm start and GRPO, policies drawn", after="policies"),
+    Variant("by-category", "one question for each category", ("--by-category",), dialect="rsafe-by-category"),
+)
+SETS = {"toxicchat": 200, "openai_moderation": 200, "beavertails_test": 200, "harmbench_responses": 200}
+ADHERENCE = ("beavertails_test", "beavertails", 100)
+
+
+def train(variant: Variant, data: Path, items: int, steps: int) -> None:
+    """The variant's training, in one process."""
+    files = training_files(data)
+    if variant.after:
+        options = ("--adapter", str(OUT / variant.after / "adapter"), "--set", f"steps={steps}")
+        align("grpo", files[:-1], OUT / variant.name, *options, *variant.options, processes=1)
+    else:
+        align(
+            "warm-start", files, OUT / variant.name, "--set", f"items={items}", *variant.options, processes=1
+        )
+
+
+def trained(data: Path, items: int, steps: int) -> None:
+    """All trainings: warm starts first, then what goes on from them; side by side, as many as there are processors."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    at_once = len(VARIANTS) if torch.cuda.is_available() else os.cpu_count() or 1
+    with ThreadPoolExecutor(at_once) as pool:
+        for later in (False, True):
+            chosen = [variant for variant in VARIANTS if bool(variant.after) is later]
+            list(pool.map(lambda variant: train(variant, data, items, steps), chosen))
+
+
+def measured(variant: Variant, sets: Path) -> list[str]:
+    """The cells of its row: on each set the area under the ROC curve and F1, and the flip rate."""
+    folder = OUT / variant.name
+    asked = ("--backend", f"embedded:{folder / 'guard-adapter.gguf'}", "--dialect", variant.dialect)
+    bare = (*asked, "--reasoning", "never", "--verdicts", folder / "verdicts.jsonl")
+    fitted = folder / "fitted.yaml"
+    if not fitted.exists():
+        evaluated(folder / "held-out.jsonl", *bare, "--unsafe-share", "0.5", "--fit", fitted)
+    bare = (*bare, "--threshold", fitted)
+    cells = []
+    for name, limit in SETS.items():
+        (result,) = evaluated(sets / f"{name}.jsonl", *bare, "--limit", str(limit))
+        cells.append(f"{result['auroc']:.2f}, {result['f1']:.2f}")
+    name, taxonomy, limit = ADHERENCE
+    total = evaluated(sets / f"{name}.jsonl", *bare, "--limit", str(limit), "--adherence", taxonomy)[-1]
+    return [*cells, f"{total['flip_rate']:.2f} of {total['items']}"]
+
+
+def main() -> None:
+    folders = [Path(name) for name in sys.argv[1:3]]
+    if len(sys.argv) != 5 or not all(folder.is_dir() for folder in folders):
+        sys.exit("Expected: python -m benchmarks.ablation TRAINING-FOLDER PUBLIC-SETS-FOLDER ITEMS STEPS")
+    items, steps = int(sys.argv[3]), int(sys.argv[4])
+    trained(folders[0], items, steps)
+    lines = [f"| {' | '.join(['Training', *SETS, 'Flip rate'])} |", "|---" * (len(SETS) + 2) + "|"]
+    for variant in VARIANTS:
+        lines.append(f"| {' | '.join([variant.title, *measured(variant, folders[1])])} |")
+        print(lines[-1], flush=True)
+    lines += [
+        "",
+        f"AUROC, F1 at the threshold fitted on held-out items; {items} items, {steps} steps of GRPO; "
+        f"{time.strftime('%Y-%m-%d')}, {machine()['cores']} cores ({machine()['cpu']}).",
+    ]
+    (OUT / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
+    print(f"Written: {OUT / 'table.md'}")
+
+
+if __name__ == "__main__":
+    main()

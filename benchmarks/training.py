@@ -1,0 +1,59 @@
+"""Runs of `rsafe align` and `rsafe eval` as a user would start them, on the embedded guard's training data."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_CLI = "rsafe_plugins.cli"
+
+
+def training_files(folder: Path, *, hatecheck: int = 1400, gptfuzz: int = 1200) -> list[str]:
+    """What `rsafe align` is given. The order of the files decides which items are drawn when."""
+    names = (
+        "wildguard_train.jsonl",
+        "aegis_train.jsonl",
+        "surge_toxicity.jsonl",
+        "ailuminate_demo.jsonl@500",
+        f"hatecheck.jsonl@{hatecheck}",
+        f"gptfuzz_responses.jsonl@{gptfuzz}",
+        "jailbreakbench_artifacts.jsonl@450",
+        "deepset_injection_train.jsonl",
+    )
+    return [str(folder / name) for name in names]
+
+
+def align(stage: str, files: Iterable[str], out: Path, *options: str, processes: int | None = None) -> Path:
+    """One stage by the recipe of the embedded guard; nothing where it is done. Returns the PEFT adapter's folder.
+
+    Args:
+        stage: `warm-start` or `grpo`.
+        files: What to train on.
+        out: The run's folder.
+        options: More options of `rsafe align`.
+        processes: How many to start; None for one a GPU, or one a processor.
+    """
+    if not (out / "run.json").exists():
+        processes = processes or torch.cuda.device_count() or os.cpu_count() or 1
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+        recipe = ["--stage", stage, "--recipe", "embedded", "--out", str(out)]
+        subprocess.run(
+            [sys.executable, *launch, "-m", _CLI, "align", *recipe, *options, *files],
+            check=True,
+            env={"OMP_NUM_THREADS": "1", **os.environ} if processes > 1 else None,
+        )
+    return out / "adapter"
+
+
+def evaluated(*arguments: str | Path) -> list[dict[str, Any]]:
+    """What `rsafe eval --json` prints."""
+    command = [sys.executable, "-m", _CLI, "eval", "--json", *map(str, arguments)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
