@@ -51,6 +51,8 @@ _SCORE_COLUMNS = {
 }
 _COST_COLUMNS = {"tokens": "tokens", "latency_p50_ms": "median\nms", "latency_p95_ms": "95%\nms"}
 
+_NARROW = (0, 0)  # so that figures and names fit into 80 columns
+
 GUARD_FAILED = 3
 BASE = "base"
 
@@ -416,7 +418,7 @@ def _progress() -> Progress:
 def _figures_table(results: Sequence[Result], columns: Mapping[str, str], *, counts: bool = False) -> Table:
     """A row for each guard on each set: the figures, and below each its interval."""
     several = len({result.guard for result in results}) > 1
-    table = Table(box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD, padding=_NARROW)
     table.add_column("set" if not several else "set\nguard", overflow="fold")
     titles = ["items\n(unsafe)", *columns.values(), "failures"] if counts else list(columns.values())
     for title in titles:
@@ -434,7 +436,7 @@ def _figures_table(results: Sequence[Result], columns: Mapping[str, str], *, cou
 def _parts_table(results: Sequence[Result], way: str) -> Table:
     """A row for each part of each set: how many items, both errors and F1 with their intervals."""
     several = len({result.guard for result in results}) > 1
-    table = Table(box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD, padding=_NARROW)
     table.add_column("set\nguard" if several else "set", overflow="fold")
     table.add_column(way, overflow="fold")
     columns = {name: _ERROR_COLUMNS[name] for name in ("recall", "false_positive_rate", "f1")}
@@ -455,7 +457,9 @@ def _parts_table(results: Sequence[Result], way: str) -> Table:
 
 def _comparison_table(comparisons: Sequence[Comparison]) -> Table:
     """A row for each guard that is compared with the first, on each set."""
-    table = Table(box=SIMPLE_HEAD, title=f"Compared with {comparisons[0].first}", title_justify="left")
+    table = Table(
+        box=SIMPLE_HEAD, padding=_NARROW, title=f"Compared with {comparisons[0].first}", title_justify="left"
+    )
     table.add_column("set\nguard", overflow="fold")
     changed = ("F1", "recall", "false\npositives")
     for title in (

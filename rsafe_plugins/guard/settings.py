@@ -39,8 +39,8 @@ class GuardSettings(BaseSettings):
         threshold: Unsafe from this probability on, 0 to 1; or a file that `rsafe eval --fit` wrote, which has
             one for each model and policy, with its band. None for those that come with this package: the
             embedded guard's, and 0.5 with a band of 0.3 to 0.7 for other models.
-        band: Lowest and highest probability at which adaptive reasoning thinks. None for the one that goes with
-            the threshold.
+        band: Lowest and highest probability at which adaptive reasoning thinks. None for the one that was fitted
+            for the model, also beside a `threshold` of your own.
         max_reasoning_tokens: Budget of the thought, in tokens; it is closed there and the verdict scored.
         timeout: Seconds for one check. A batch has that much for each round of checks that the engine works on
             at once.

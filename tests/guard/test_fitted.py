@@ -43,6 +43,13 @@ def test_a_model_that_was_not_fitted_has_the_defaults(file: Path) -> None:
     assert operating_point("unknown", POLICY, file) == OperatingPoint(threshold=0.5, band=(0.3, 0.7))
 
 
+def test_a_threshold_of_ones_own_does_not_make_a_guard_think_for_which_it_does_not_pay() -> None:
+    point = Guard(backend="embedded", threshold=0.6).operating_point
+    assert (point.threshold, point.band) == (0.6, (0.6, 0.6))
+    point = Guard(backend=scripted(0.5), threshold=0.6).operating_point
+    assert (point.threshold, point.band) == (0.6, (0.3, 0.7))
+
+
 def test_a_band_of_no_width_thinks_never(file: Path) -> None:
     backend = scripted(0.5)
     Guard(POLICY, backend=backend, reasoning="adaptive", threshold=0.5, band=(0.5, 0.5)).check("x")
