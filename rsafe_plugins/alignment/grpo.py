@@ -216,7 +216,7 @@ def _as_verdict(answer: Completion | BackendError) -> Verdict:
 
 
 class _Trainer(GRPOTrainer):
-    """TRL's trainer with our order of items."""
+    """TRL's trainer with our order of items, which computes a prompt once for all its completions of a micro-batch."""
 
     def __init__(self, sampler: DrawSampler, **arguments: Any) -> None:
         self._sampler = sampler
@@ -224,6 +224,66 @@ class _Trainer(GRPOTrainer):
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler[int]:
         return self._sampler
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **more: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        # Recomputed activations leave no cache, and processes that join gradients want one forward pass.
+        if self.args.gradient_checkpointing or self.accelerator.num_processes > 1 or compute_aux_loss:
+            return super()._get_per_token_logps_and_entropies(  # type: ignore[no-any-return]
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size,
+                compute_entropy,
+                compute_aux_loss,
+                **more,
+            )
+        padded = input_ids[:, :-logits_to_keep].masked_fill(attention_mask[:, :-logits_to_keep] == 0, -1)
+        _, group = torch.unique(padded, dim=0, return_inverse=True)
+        members = [(group == one).nonzero().flatten() for one in group.unique()]
+        scored = [
+            self._score_completions(
+                model,
+                padded[rows[0]][padded[rows[0]] >= 0],
+                input_ids[rows, -logits_to_keep:],
+                attention_mask[rows, -logits_to_keep:],
+            )
+            for rows in members
+        ]
+        back = torch.cat(members).argsort()
+        entropies = torch.cat([entropy for _, entropy in scored])[back] if compute_entropy else None
+        return torch.cat([logps for logps, _ in scored])[back], entropies, None
+
+    def _score_completions(
+        self, model: Any, prompt: torch.Tensor, completions: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability and entropy of each token of some completions, (rows, tokens), of one prompt, (tokens,)."""
+        rows = completions.shape[0]
+        with self.accelerator.autocast():
+            cache = model(input_ids=prompt[None, :-1], use_cache=True, logits_to_keep=1).past_key_values
+            cache.batch_repeat_interleave(rows)
+            seen = torch.cat([prompt.new_ones(rows, len(prompt)), mask], dim=1)
+            outputs = model(
+                input_ids=torch.cat([prompt[-1:].expand(rows, 1), completions], dim=1),
+                attention_mask=seen,
+                past_key_values=cache,
+                labels=torch.cat(
+                    [prompt[-1:].expand(rows, 1), completions.masked_fill(mask == 0, -100)], dim=1
+                ),
+                fused_lm_head=True,
+            )
+        width = completions.shape[1]
+        return outputs.log_probs[:, -width:], outputs.entropy[:, -width:]
 
 
 class GRPO:

@@ -112,7 +112,9 @@ class GRPOSettings(StageSettings):
         steps: Optimizer steps; None for what the passes come to.
         batch: Prompts a step.
         group_size: Completions a prompt, whose rewards are compared with each other.
-        micro_batch: Completions that a process computes gradients for at once; only memory and speed depend on it.
+        micro_batch: Completions that a process computes gradients for at once; only memory and speed depend on it. In
+            one process and without `gradient_checkpointing`, the completions of a prompt that are together in one share
+            what is computed of the prompt.
         max_tokens: Tokens that a completion may have; one that is cut off there has no verdict.
         temperature: Of the sampled completions.
         top_p: The smallest set of tokens with this probability is sampled from, above 0 to 1.

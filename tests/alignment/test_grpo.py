@@ -136,6 +136,42 @@ def test_three_steps_earn_rewards_and_change_the_weights(stage: Stage, tmp_path:
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_a_prompt_that_is_computed_once_gives_tokens_and_weights_what_trl_gives_them(stage: Stage) -> None:
+    from trl import GRPOTrainer  # type: ignore[attr-defined]
+
+    trainer = stage().trainer
+    model = trainer.model
+    torch.manual_seed(0)
+    long, short = torch.randint(3, 200, (1, 12)), torch.randint(3, 200, (1, 7))
+    none = torch.zeros(1, 5, dtype=torch.long)
+    prompts = torch.cat([long, torch.cat([none, short], 1), long, torch.cat([none, short], 1)])
+    seen = torch.ones_like(prompts)
+    seen[1::2, :5] = 0
+    completions, mask = torch.randint(3, 200, (4, 9)), torch.ones(4, 9, dtype=torch.long)
+    mask[0, 6:] = mask[3, 4:] = 0
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+
+    def computed(score: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        model.zero_grad()
+        ids, attention = torch.cat([prompts, completions], 1), torch.cat([seen, mask], 1)
+        logps, entropies, _ = score(trainer, model, ids, attention, 9, compute_entropy=True)
+        (logps * mask).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        return (logps * mask).detach(), (entropies * mask).detach(), gradient
+
+    ours = computed(type(trainer)._get_per_token_logps_and_entropies)
+    theirs = computed(GRPOTrainer._get_per_token_logps_and_entropies)
+    assert (
+        type(trainer)._get_per_token_logps_and_entropies is not GRPOTrainer._get_per_token_logps_and_entropies
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        assert other.abs().max() > 0.01
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
 def test_the_papers_recipe_runs_on_a_small_base(speaking_base: Path, template: Path, tmp_path: Path) -> None:
     from rsafe_plugins.alignment.grpo import GRPO
 
