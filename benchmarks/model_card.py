@@ -37,7 +37,7 @@ COLUMNS = {
     "auroc": "AUROC",
     "auprc": "AUPRC",
 }
-THOUGHTS = 40  # items a set that are judged after a thought, too, which takes ten times as long
+THOUGHTS = 20  # items a set that are judged after a thought, too, which takes ten times as long
 ADHERENCE = ("beavertails_test", "beavertails", 60)
 
 
@@ -45,9 +45,9 @@ SHIPPED = ("--backend", "embedded", "--verdicts", FOLDER.with_name("eval") / "ve
 
 
 def figure(result: dict[str, Any], name: str) -> str:
-    """A figure with its interval; empty where there is none."""
+    """A figure with its interval; empty where there is none, as the precision of a set that has nothing to find."""
     value, interval = result[name], result["intervals"][name]
-    if value is None:
+    if value is None or (name == "precision" and not result["unsafe"]):
         return ""
     return f"{value:.2f} ({interval[0]:.2f} to {interval[1]:.2f})" if interval else f"{value:.2f}"
 
@@ -71,7 +71,7 @@ def table(folder: Path, most: int, *options: str) -> list[str]:
 def figures(folder: Path) -> str:
     """The tables of the card."""
     lines = table(folder, max(limit for *_, limit in SETS))
-    lines += ["", f"After a thought (`reasoning: always`), the first {THOUGHTS} of each set:", ""]
+    lines += ["", f"After a thought (`reasoning: always`), {THOUGHTS} items of each set:", ""]
     lines += table(folder, THOUGHTS, "--reasoning", "always")
     name, taxonomy, limit = ADHERENCE
     options = (*SHIPPED, "--limit", str(limit), "--adherence", taxonomy)
@@ -83,7 +83,7 @@ def figures(folder: Path) -> str:
         f"{total['safe_without']} safe under the second, and {total['flipped']} both: a flip rate of "
         f"{total['flip_rate']:.2f}. A guard that ignores its policy gets 0.",
         "",
-        f"{time.strftime('%Y-%m-%d')}, {machine()['cores']} cores ({machine()['cpu']}), version "
+        f"{time.strftime('%Y-%m-%d')}, {machine()['cores']} core(s) ({machine()['cpu']}), version "
         f"{machine()['versions']['rsafe-plugins']}; 95% bootstrap intervals in parentheses.",
     ]
     return "\n".join(lines)
