@@ -19,7 +19,7 @@ from benchmarks.record import FOLDER, machine
 from benchmarks.training import align, evaluated, training_files
 
 OUT = FOLDER.with_name("ablation")
-ONE_POLICY = ("--set", "policies.whole=1", "--set", "policies.names=0")
+ONE_POLICY = ("--set", "policies.whole=1", "--set", "policies.names=0", "--set", "policies.reworded=0")
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,16 @@ VARIANTS = (
     Variant(
         "labels",
         "labels alone, one policy",
-        (*ONE_POLICY, "--set", "policies.reworded=0", "--set", "thoughts=0", "--set", "category_weight=0"),
+        (*ONE_POLICY, "--set", "thoughts=0", "--set", "category_weight=0"),
     ),
-    Variant("one-policy", "warm start, one policy", (*ONE_POLICY, "--set", "policies.reworded=0")),
+    Variant("one-policy", "warm start, one policy", ONE_POLICY),
     Variant("policies", "warm start, policies drawn"),
-    Variant("one-policy-grpo", "warm start and GRPO, one policy", ONE_POLICY, after="one-policy"),
+    Variant(
+        "one-policy-grpo",
+        "warm start and GRPO, one policy",
+        (*ONE_POLICY, "--set", "adherence_weight=0"),
+        after="one-policy",
+    ),
     Variant("policies-grpo", "warm start and GRPO, policies drawn", after="policies"),
     Variant("by-category", "one question for each category", ("--by-category",), dialect="rsafe-by-category"),
 )

@@ -108,29 +108,25 @@ class Draws:
 _LABELS_OF_A_PAIR: tuple[Label, Label] = ("unsafe", "safe")
 
 
-def _variant(mix: PolicyMix, chance: random.Random) -> PolicyVariant:
-    return policy_variant(chance, **mix.model_dump())
-
-
 def _single(item: LabelledItem, mix: PolicyMix, chance: random.Random) -> tuple[PolicyVariant, Label]:
     """A policy under which it is known what the item is, and what that is."""
     for _ in range(_TRIES):
-        variant = _variant(mix, chance)
+        variant = policy_variant(chance, mix)
         label = label_under(item, variant)
         if label is not None:
             return variant, label
-    return policy_variant(chance, whole=1.0), item.label
+    return policy_variant(chance, PolicyMix(whole=1.0)), item.label
 
 
 def _pair(item: LabelledItem, mix: PolicyMix, chance: random.Random) -> tuple[PolicyVariant, PolicyVariant]:
     """A policy with the item's categories, and the same without them."""
     ids = category_ids(item)
     for _ in range(_TRIES):
-        variant = _variant(mix, chance)
+        variant = policy_variant(chance, mix)
         if ids[0] in variant.ids and len(_others(variant, ids)) > 1:
             break
     else:
-        variant = policy_variant(chance, whole=1.0)
+        variant = policy_variant(chance, PolicyMix(whole=1.0))
     others = _others(variant, ids)
     dropped = chance.sample(others, chance.randint(1, min(_DROPPED, len(others) - 1)))
     with_them = variant.without(dropped)

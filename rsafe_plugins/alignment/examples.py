@@ -102,15 +102,7 @@ def category_ids(item: LabelledItem) -> tuple[str, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def policy_variant(
-    chance: random.Random,
-    *,
-    whole: float,
-    names: float = 0.0,
-    reworded: float = 0.0,
-    user_words: float = 0.0,
-    distractors: float = 0.0,
-) -> PolicyVariant:
+def policy_variant(chance: random.Random, mix: PolicyMix) -> PolicyVariant:
     """Draws a policy from `rsafe-18`.
 
     It stays as it stands, or loses its descriptions, or keeps all categories in another order, with other ids
@@ -119,28 +111,24 @@ def policy_variant(
 
     Args:
         chance: Source of randomness.
-        whole: Share of policies as they stand, 0 to 1.
-        names: Share of those that hold ids and names alone, 0 to 1; they are the quickest to train on.
-        reworded: Share of those that keep every category but change how it is put, 0 to 1.
-        user_words: Share of changed policies that are put as the owner of an application would, 0 to 1.
-        distractors: Share of changed policies with distractors, 0 to 1.
+        mix: How often each of that happens.
     """
     policy = Policy.load("rsafe-18")
     draw = chance.random()
-    if draw < whole + names:
+    if draw < mix.whole + mix.names:
         kept = policy.categories
-        if draw >= whole:
+        if draw >= mix.whole:
             kept = tuple(Category(id=category.id, name=category.name) for category in kept)
         return PolicyVariant(
             Policy(name=policy.name, categories=kept), {category.id: category.id for category in kept}
         )
     categories = list(policy.categories)
     chance.shuffle(categories)
-    if draw >= whole + names + reworded:
+    if draw >= mix.whole + mix.names + mix.reworded:
         categories = categories[: chance.randint(3, 9)]
     style = chance.choice(("number", "letter", "prefix", "word"))
     words = _wordings()
-    by_user = _happens(user_words, chance)
+    by_user = _happens(mix.user_words, chance)
     put: list[tuple[str | None, list[str]]] = [
         (
             category.id,
@@ -152,7 +140,7 @@ def policy_variant(
         )
         for category in categories
     ]
-    if _happens(distractors, chance):
+    if _happens(mix.distractors, chance):
         put += [(None, wording) for wording in chance.sample(words["distractors"], chance.randint(1, 3))]
         chance.shuffle(put)
     changed: list[Category] = []
@@ -328,7 +316,7 @@ def batches(
             continue
         if not waiting:
             continue
-        variant = policy_variant(chance, **policies.model_dump())
+        variant = policy_variant(chance, policies)
         # One task a batch: its prompts then share all that stands before the conversation.
         task = chance.choice(waiting).task
         batch: list[Example] = []

@@ -185,12 +185,12 @@ class Guard:
     def operating_point(self) -> OperatingPoint:
         """The threshold and the band that count: those given, else those fitted for this model and policy."""
         given = self.settings.threshold
-        file = None if isinstance(given, float) else given
-        point = operating_point(self.backend.model, self.policy, file)
         if isinstance(given, float):
-            low, high = point.band
+            low, high = operating_point(self.backend.model, self.policy).band
             # Where thinking doesn't pay at the fitted threshold, it doesn't at another one.
             point = OperatingPoint(threshold=given, band=(low, high) if low < high else (given, given))
+        else:
+            point = operating_point(self.backend.model, self.policy, given)
         return point if self.settings.band is None else point.model_copy(update={"band": self.settings.band})
 
     def check(self, content: Content | str) -> Verdict:

@@ -91,7 +91,7 @@ def test_both_sides_of_a_pair_lack_categories_so_that_a_gap_says_nothing() -> No
 
 def test_distractors_are_categories_that_no_id_of_the_policy_stands_for() -> None:
     chance = random.Random(0)
-    variants = [policy_variant(chance, whole=0.0, names=0.0, distractors=1.0) for _ in range(20)]
+    variants = [policy_variant(chance, PolicyMix(whole=0.0, names=0.0, distractors=1.0)) for _ in range(20)]
     for variant in variants:
         extra = {category.id for category in variant.policy.categories} - set(variant.ids.values())
         assert 1 <= len(extra) <= 3
@@ -100,18 +100,20 @@ def test_distractors_are_categories_that_no_id_of_the_policy_stands_for() -> Non
 
 def test_a_users_words_are_no_other_words() -> None:
     chance = random.Random(0)
-    mine = policy_variant(chance, whole=0.0, names=0.0, reworded=1.0, user_words=1.0)
+    mine = policy_variant(chance, PolicyMix(whole=0.0, names=0.0, reworded=1.0, user_words=1.0))
     plain = {
         category.name
         for _ in range(50)
-        for category in policy_variant(chance, whole=0.0, names=0.0, reworded=1.0).policy.categories
+        for category in policy_variant(
+            chance, PolicyMix(whole=0.0, names=0.0, reworded=1.0)
+        ).policy.categories
     }
     assert not plain & {category.name for category in mine.policy.categories}
     assert mine.whole
 
 
 def test_taking_away_every_category_is_refused() -> None:
-    variant = policy_variant(random.Random(0), whole=1.0)
+    variant = policy_variant(random.Random(0), PolicyMix(whole=1.0))
     with pytest.raises(ValueError, match="at least one category"):
         variant.without(variant.ids)
 

@@ -34,7 +34,7 @@ SETTINGS: dict[str, Any] = {
     "gradient_checkpointing": False,
     "kl": 0.0,
     "policies": {"whole": 0.0},
-    "evaluate_every": 4,
+    "evaluate_every": 2,
     "evaluate_items": 4,
     "save_every": 2,
     "steps": 4,
@@ -111,7 +111,7 @@ def weights(run: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("full", [False, True])
 def test_three_steps_earn_rewards_and_change_the_weights(stage: Stage, tmp_path: Path, full: bool) -> None:
-    run = stage(steps=3, full=full, learning_rate=1e-3 if full else 1e-2, evaluate_every=2)
+    run = stage(steps=3, full=full, learning_rate=1e-3 if full else 1e-2)
     before = weights(run)
     assert all("lora_" in name for name in before) is not full
     run.train()

@@ -18,7 +18,7 @@ PROMPTS = [
     item["text"]
     for item in map(json.loads, INPUTS.read_text("utf-8").splitlines())
     if item["kind"] == "prompt"
-][::2]
+]
 
 
 async def test_attacks_and_harmless_questions_get_the_same_verdicts() -> None:
