@@ -7,11 +7,13 @@ as it is when the guard asks.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rsafe_plugins.alignment.examples import by_length, category_ids, wordings_of
+from rsafe_plugins.alignment.categorize import Categorizer
+from rsafe_plugins.alignment.examples import category_ids, neighbours, packaged, wordings_of
 from rsafe_plugins.alignment.warm_start import (
     BARE_PREFILL,
     BatchEncoder,
@@ -19,13 +21,13 @@ from rsafe_plugins.alignment.warm_start import (
     common_prefix,
     label_weights,
 )
+from rsafe_plugins.errors import DataError
 from rsafe_plugins.evaluation.items import LabelledItem
 from rsafe_plugins.guard.content import Content
 from rsafe_plugins.guard.verdict import Label
 from rsafe_plugins.policy import Category, Policy
 
-_ASKED = 4  # categories that an item doesn't meet
-_OWN_WORDINGS = 2  # of the category that it meets
+_OTHERS = 3  # categories that an item is asked about beside its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,26 +83,74 @@ class CategoryEncoder(BatchEncoder):
         return begun + verdict, [0.0] * len(begun) + weights
 
 
-def questions(item: LabelledItem, chance: random.Random) -> Questions:
-    """What is asked about an item that can be asked about.
+class Asker:
+    """Decides what a content is asked about.
 
-    An unsafe item is asked about its own category twice, in different words, and about four that its source's
-    category doesn't touch; a safe one about four. Both answers weigh the same.
+    A category that no item meets is never asked about: of such a one only "safe" could be learned, whatever it says.
+    The others are asked about as often as they are met, so that a category's name alone tells nothing.
+
+    Args:
+        items: Labelled items of any task.
+        categorizer: Names the category where the source doesn't.
+
+    Raises:
+        DataError: No unsafe prompt or response has a category, and not all items are documents.
     """
-    if item.task == "document":
-        return _about_injection(item)
-    every = [category.id for category in Policy.load("rsafe-18").categories]
-    own = category_ids(item)
-    others = chance.sample([one for one in every if one not in own], _ASKED)
-    asked = [Question(_put(one, chance), "safe", 1 / _ASKED) for one in others]
-    if item.unsafe:
-        asked += [Question(_put(own[0], chance), "unsafe", 1 / _OWN_WORDINGS) for _ in range(_OWN_WORDINGS)]
-    return Questions(item.content(), tuple(asked))
+
+    def __init__(self, items: Sequence[LabelledItem], categorizer: Categorizer) -> None:
+        self._categorizer = categorizer
+        self._met = Counter(
+            first for item in items if item.unsafe and (first := next(iter(self._own(item)), None))
+        )
+        if not self._met and any(item.task != "document" for item in items):
+            raise DataError(
+                f"One question for each category needs unsafe items that name theirs, and none of the {len(items)} "
+                "items does: name their categories, or train without --by-category."
+            )
+
+    def answerable(self, items: Sequence[LabelledItem]) -> list[LabelledItem]:
+        """The items that can be asked about: all but unsafe ones whose category nobody knows."""
+        return [item for item in items if not item.unsafe or item.task == "document" or self._own(item)]
+
+    def questions(self, item: LabelledItem, chance: random.Random) -> Questions:
+        """What is asked about an item that can be asked about.
+
+        An unsafe item is asked about its own category and about three that it doesn't touch; a safe one about the
+        one that comes nearest, and about three others. The first weighs as much as the three.
+        """
+        if item.task == "document":
+            return _about_injection(item)
+        own = self._own(item)
+        others = self._others(own, chance)
+        if item.unsafe:
+            asked = _asked(others, "safe", 1.0, chance) + _asked(own[:1], "unsafe", 1.0, chance)
+        else:
+            asked = _asked(others, "safe", 0.5 if own else 1.0, chance) + _asked(own[:1], "safe", 0.5, chance)
+        return Questions(item.content(), tuple(asked))
+
+    def _own(self, item: LabelledItem) -> tuple[str, ...]:
+        """The category that it meets or, if it is safe, comes nearest to; then those that it could touch too."""
+        if item.task == "document":
+            return ()
+        ids = category_ids(item)
+        if not ids and (guess := self._categorizer.nearest(item)):
+            ids = neighbours(guess)
+        return ids
+
+    def _others(self, own: Sequence[str], chance: random.Random) -> list[str]:
+        """Some that it doesn't touch, each the likelier the more often it is met."""
+        places = {one: chance.random() ** (1 / count) for one, count in self._met.items() if one not in own}
+        return sorted(places, key=lambda one: -places[one])[:_OTHERS]
 
 
 def _about_injection(item: LabelledItem) -> Questions:
-    first, *_ = Policy.load("prompt-injection").for_kind("document").categories
+    first, *_ = packaged("prompt-injection").for_kind("document").categories
     return Questions(item.content(), (Question(first, item.label, 1.0),))
+
+
+def _asked(ids: Sequence[str], label: Label, weight: float, chance: random.Random) -> list[Question]:
+    """Questions with one answer, which share a weight."""
+    return [Question(_put(one, chance), label, weight / len(ids)) for one in ids]
 
 
 def _put(identifier: str, chance: random.Random) -> Category:
@@ -109,22 +159,19 @@ def _put(identifier: str, chance: random.Random) -> Category:
     return Category(id=identifier, name=name, description="" if chance.random() < 0.15 else description)
 
 
-def answerable(items: Sequence[LabelledItem]) -> list[LabelledItem]:
-    """The items that can be asked about: all but unsafe ones whose category isn't known."""
-    return [item for item in items if not item.unsafe or item.task == "document" or category_ids(item)]
-
-
 def category_batches(
-    items: Sequence[LabelledItem], size: int, seed: int
+    items: Sequence[LabelledItem], size: int, seed: int, asker: Asker
 ) -> Iterator[tuple[None, list[Questions]]]:
-    """Every item once, in batches of about one length.
+    """Every item once, in batches of mixed tasks and lengths: what differs most in length is questions, not items.
 
     Args:
         items: Items that can be asked about.
         size: Contents a batch.
         seed: The same seed gives the same batches.
+        asker: What decides what they are asked about.
     """
     chance = random.Random(seed)
-    ordered = by_length(items, size, chance)
-    for start in range(0, len(ordered), size):
-        yield None, [questions(item, chance) for item in ordered[start : start + size]]
+    shuffled = list(items)
+    chance.shuffle(shuffled)
+    for start in range(0, len(shuffled), size):
+        yield None, [asker.questions(item, chance) for item in shuffled[start : start + size]]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
 
 from rsafe_plugins.evaluation.items import LabelledItem
 
@@ -24,18 +26,20 @@ class Categorizer:
     ) -> None:
         known = [(item, ids[0]) for item in items if item.unsafe and (ids := category_ids(item))]
         self._sure = sure
-        self._model = None
+        self._model: Any = None
         self._cache: dict[str, str | None] = {}
         if len({label for _, label in known}) > 1:
             from sklearn.feature_extraction.text import TfidfVectorizer
             from sklearn.linear_model import LogisticRegression
             from sklearn.pipeline import make_pipeline
 
-            self._model = make_pipeline(
+            model = make_pipeline(
                 TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=2),
                 LogisticRegression(C=20.0, class_weight="balanced", max_iter=1000),
             )
-            self._model.fit([_text(item) for item, _ in known], [label for _, label in known])
+            # Where no word stands in two texts, there is nothing to learn from.
+            with suppress(ValueError):
+                self._model = model.fit([_text(item) for item, _ in known], [label for _, label in known])
 
     def nearest(self, item: LabelledItem) -> str | None:
         """The category that comes nearest to the item's text, or None where none does with enough probability."""

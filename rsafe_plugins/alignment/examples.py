@@ -11,7 +11,7 @@ import random
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -61,7 +61,7 @@ class PolicyVariant:
     @property
     def whole(self) -> bool:
         """Whether it holds every category."""
-        return len(self.ids) == len(Policy.load("rsafe-18").categories)
+        return len(self.ids) == len(packaged("rsafe-18").categories)
 
     def without(self, ids: Collection[str]) -> PolicyVariant:
         """The same policy but for these categories of `rsafe-18`.
@@ -79,7 +79,10 @@ class PolicyVariant:
         )
 
 
-@lru_cache(maxsize=1)
+packaged = cache(Policy.load)  # read once: each item asks for it
+
+
+@cache
 def _wordings() -> dict[str, Any]:
     data: dict[str, Any] = yaml.safe_load(
         resources.files("rsafe_plugins.alignment").joinpath("wordings.yaml").read_text("utf-8")
@@ -94,12 +97,18 @@ def category_ids(item: LabelledItem) -> tuple[str, ...]:
     names none that is known.
     """
     aliases: dict[str, list[str]] = _wordings()["aliases"]
-    policy = Policy.load("rsafe-18")
+    policy = packaged("rsafe-18")
     ids: list[str] = []
     for name in item.categories:
         known = policy.find(name)
         ids.extend(aliases.get(name, [known.id] if known else []))
     return tuple(dict.fromkeys(ids))
+
+
+def neighbours(identifier: str) -> tuple[str, ...]:
+    """A category of `rsafe-18`, then those that a reader could name too for what a source puts there."""
+    named = [ids for ids in _wordings()["aliases"].values() if ids[0] == identifier]
+    return tuple(dict.fromkeys([identifier, *(one for ids in named for one in ids)]))
 
 
 def policy_variant(chance: random.Random, mix: PolicyMix) -> PolicyVariant:
@@ -113,7 +122,7 @@ def policy_variant(chance: random.Random, mix: PolicyMix) -> PolicyVariant:
         chance: Source of randomness.
         mix: How often each of that happens.
     """
-    policy = Policy.load("rsafe-18")
+    policy = packaged("rsafe-18")
     draw = chance.random()
     if draw < mix.whole + mix.names:
         kept = policy.categories
@@ -156,7 +165,7 @@ def policy_variant(chance: random.Random, mix: PolicyMix) -> PolicyVariant:
 
 def wordings_of(identifier: str) -> list[list[str]]:
     """How a category of `rsafe-18` can be put, by itself, by others and by users: name and description each."""
-    category, words = Policy.load("rsafe-18").category(identifier), _wordings()
+    category, words = packaged("rsafe-18").category(identifier), _wordings()
     return [
         [category.name, category.description],
         *words["wordings"][identifier],
@@ -210,7 +219,7 @@ def example(
 
 def injection_variant() -> PolicyVariant:
     """The policy that documents are judged under, `prompt-injection`."""
-    return PolicyVariant(Policy.load("prompt-injection"), {})
+    return PolicyVariant(packaged("prompt-injection"), {})
 
 
 def injection_example(item: LabelledItem, chance: random.Random) -> Example:

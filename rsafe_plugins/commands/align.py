@@ -228,7 +228,7 @@ def _warm_start(job: _Job, recipe: str | None, options: dict[str, Any]) -> dict[
     if settings.by_category and job.template:
         raise click.UsageError("by_category has a prompt of its own: leave --template out.")
     data = job.data(settings.seed)
-    from rsafe_plugins.alignment.by_category import CategoryEncoder, answerable, category_batches
+    from rsafe_plugins.alignment.by_category import Asker, CategoryEncoder, category_batches
     from rsafe_plugins.alignment.categorize import Categorizer
     from rsafe_plugins.alignment.examples import batches, category_ids
     from rsafe_plugins.alignment.warm_start import Encoder, WarmStart
@@ -243,12 +243,13 @@ def _warm_start(job: _Job, recipe: str | None, options: dict[str, Any]) -> dict[
     if stage.rank == 0:
         job.write_held_out(data)
     drawn: Iterator[tuple[Any, Sequence[Any]]]
+    categorizer = Categorizer([*data.items, *data.unused], category_ids)
     if settings.by_category:
-        items = answerable(data.items)
-        drawn = category_batches(items, settings.batch, settings.seed)
+        asker = Asker(data.items, categorizer)
+        items = asker.answerable(data.items)
+        drawn = category_batches(items, settings.batch, settings.seed, asker)
     else:
         items = data.items
-        categorizer = Categorizer([*data.items, *data.unused], category_ids)
         drawn = batches(
             items,
             settings.batch,

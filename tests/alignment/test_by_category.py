@@ -9,17 +9,18 @@ import torch
 
 from rsafe_plugins import Category, Content, Policy
 from rsafe_plugins.alignment.by_category import (
+    Asker,
     CategoryEncoder,
     Question,
     Questions,
-    answerable,
     category_batches,
-    questions,
 )
+from rsafe_plugins.alignment.categorize import Categorizer
 from rsafe_plugins.alignment.examples import category_ids, wordings_of
 from rsafe_plugins.alignment.recipe import WarmStartSettings
 from rsafe_plugins.alignment.warm_start import WarmStart
 from rsafe_plugins.cli import main
+from rsafe_plugins.errors import DataError
 from rsafe_plugins.evaluation.items import LabelledItem
 from rsafe_plugins.guard.dialects.rsafe_by_category import RSafeByCategory
 
@@ -38,6 +39,10 @@ ASKED = [
 def item(label: str, *categories: str, task: str = "prompt") -> LabelledItem:
     text = {task: "How would somebody do it?"}
     return LabelledItem(id="1", task=task, label=label, categories=categories, **text)  # type: ignore[arg-type]
+
+
+def asker(*items: LabelledItem) -> Asker:
+    return Asker(items, Categorizer(items, category_ids))
 
 
 def stage(base: Path, out: Path) -> WarmStart:
@@ -84,11 +89,14 @@ def test_training_lowers_the_loss(tiny_base: Path, tmp_path: Path) -> None:
     assert all(torch.isfinite(parameter).all() for parameter in warm.model.parameters())
 
 
+KINDS = ("Privacy", "Hate", "Defamation", "Sexual Content", "Violent Crimes", "Non-Violent Crimes")
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_an_unsafe_item_is_asked_about_its_own_category_and_about_what_is_far_from_it(seed: int) -> None:
     unsafe = item("unsafe", "Privacy")
     near = category_ids(unsafe)
-    asked = questions(unsafe, random.Random(seed)).questions
+    asked = asker(*(item("unsafe", kind) for kind in KINDS)).questions(unsafe, random.Random(seed)).questions
     met = [one.category for one in asked if one.label == "unsafe"]
     assert {one.id for one in met} == {near[0]}
     assert all(one.category.id not in near for one in asked if one.label == "safe")
@@ -99,23 +107,68 @@ def test_an_unsafe_item_is_asked_about_its_own_category_and_about_what_is_far_fr
 
 def test_a_safe_item_meets_nothing_and_a_document_is_asked_about_instructions() -> None:
     chance = random.Random(0)
-    assert {one.label for one in questions(item("safe"), chance).questions} == {"safe"}
-    (asked,) = questions(item("unsafe", task="document"), chance).questions
+    asks = asker(item("unsafe", "Hate"))
+    assert {one.label for one in asks.questions(item("safe"), chance).questions} == {"safe"}
+    (asked,) = asks.questions(item("unsafe", task="document"), chance).questions
     assert asked.label == "unsafe"
     assert asked.category in Policy.load("prompt-injection").categories
 
 
+def test_what_no_item_meets_is_not_asked_about_and_what_many_meet_is_asked_about_often() -> None:
+    items = [
+        item("unsafe", kind) for kind in ("Hate", "Privacy", "Privacy", "Privacy", "Suicide & Self-Harm")
+    ]
+    asks, chance = asker(*items), random.Random(0)
+    asked = [one.category.id for _ in range(50) for one in asks.questions(item("safe"), chance).questions]
+    assert set(asked) == {"U7", "U9", "U10"}
+    asks = asker(*items, *items, item("unsafe", "Defamation"), item("unsafe", "Sexual Content"))
+    asked = [one.category.id for _ in range(300) for one in asks.questions(item("safe"), chance).questions]
+    assert asked.count("U10") > asked.count("U12")
+
+
+def test_a_safe_item_is_asked_about_what_it_comes_near_to_as_much_as_about_the_rest() -> None:
+    def about(subject: str, label: str, *categories: str) -> LabelledItem:
+        return item(label, *categories).model_copy(
+            update={"prompt": f"Tell me of {subject} and of {subject}."}
+        )
+
+    known = [about("bombs", "unsafe", "Indiscriminate Weapons"), about("passwords", "unsafe", "Privacy")] * 4
+    asked = asker(*known).questions(about("bombs", "safe"), random.Random(0)).questions
+    weights = {one.category.id: one.weight for one in asked}
+    assert {one.label for one in asked} == {"safe"}
+    assert weights == {"U2": 0.5, "U10": 0.5}
+
+
+def test_an_unsafe_item_that_names_nothing_gets_the_category_of_its_words() -> None:
+    known = [
+        item("unsafe", "Hate"),
+        item("unsafe", "Privacy").model_copy(update={"prompt": "spy on them"}),
+    ] * 4
+    unnamed = item("unsafe").model_copy(update={"prompt": "spy on them"})
+    asks = asker(*known)
+    assert asks.answerable([unnamed]) == [unnamed]
+    asked = asks.questions(unnamed, random.Random(0)).questions
+    assert {one.category.id: one.label for one in asked} == {"U10": "unsafe", "U7": "safe"}
+
+
+def test_data_without_any_category_is_refused() -> None:
+    with pytest.raises(DataError, match="none of the 2 items does"):
+        asker(item("unsafe"), item("safe"))
+    assert asker(item("unsafe", task="document")).answerable([]) == []
+
+
 def test_an_unsafe_item_without_a_known_category_is_left_out() -> None:
     items = [item("unsafe"), item("unsafe", "no such category"), item("unsafe", "Hate"), item("safe")]
-    assert answerable(items) == items[2:]
+    assert asker(*items).answerable(items) == items[2:]
 
 
 def test_every_item_is_asked_about_once_and_the_seed_decides() -> None:
     items = [item("safe").model_copy(update={"prompt": f"text {n}"}) for n in range(21)]
-    made = list(category_batches(items, 4, seed=3))
+    asks = asker(item("unsafe", "Hate"))
+    made = list(category_batches(items, 4, 3, asks))
     texts = [one.content.text for _, batch in made for one in batch]
     assert sorted(texts) == sorted(one.prompt for one in items)
-    assert made == list(category_batches(items, 4, seed=3))
+    assert made == list(category_batches(items, 4, 3, asks))
 
 
 def test_the_command_trains_for_the_dialect(
