@@ -163,6 +163,12 @@ class _Variant(click.ParamType):  # type: ignore[type-arg]  # generic in the new
     type=click.Choice(taxonomy_names()),
     help="Measure whether the guard follows its policy, on items that are labelled with categories of this taxonomy.",
 )
+@click.option(
+    "--others",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="With --adherence: judge by small policies, of the item's categories and N others, instead of the whole one.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, and nothing else.")
 def evaluate(
     files: tuple[str, ...],
@@ -176,6 +182,7 @@ def evaluate(
     fit_file: Path | None,
     unsafe_share: float | None,
     taxonomy: str | None,
+    others: int | None,
     as_json: bool,
     **settings: Any,
 ) -> int:
@@ -197,12 +204,14 @@ def evaluate(
         raise click.UsageError(
             "--compare, --by and --report measure a guard: leave out --fit and --adherence."
         )
+    if others and not taxonomy:
+        raise click.UsageError("--others is for --adherence.")
     sets = _sets(files, limit)
     with _saying_how_to_go_on(verdicts):
         if fit_file is not None:
             return _fit(sets, policy, document_policy, verdicts, fit_file, unsafe_share, as_json, settings)
         if taxonomy is not None:
-            return _adherence(sets, policy, taxonomy, verdicts, as_json, settings)
+            return _adherence(sets, policy, taxonomy, others, verdicts, as_json, settings)
         base = {"policy": policy, "document_policy": document_policy, **settings}
         guards = {
             name: _guards(**{**base, **changed}) for name, changed in [(BASE, {}), *dict(variants).items()]
@@ -337,6 +346,7 @@ def _adherence(
     sets: Mapping[str, Sequence[LabelledItem]],
     policy: str | None,
     taxonomy: str,
+    others: int | None,
     verdicts: Path | None,
     as_json: bool,
     settings: Mapping[str, Any],
@@ -350,6 +360,7 @@ def _adherence(
             taxonomy,
             whole,
             lambda one: common.make_guard(policy=one, on_error="block", **settings),
+            others,
             verdicts,
             on_progress=lambda done: progress.update(bar, completed=done),
         )

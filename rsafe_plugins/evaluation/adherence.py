@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,8 @@ class Adherence:
     Attributes:
         category: The id of the policy's category; empty for all items together.
         items: Items labelled unsafe for it. One with several categories counts for each.
-        unsafe_with: How many are found unsafe under the whole policy.
-        safe_without: How many are found safe under the policy without all categories that the item is labelled with.
+        unsafe_with: How many are found unsafe under the policy with all categories that the item is labelled with.
+        safe_without: How many are found safe under the same policy without them.
         flipped: How many both.
         failures: How many had a failed check, which counts for none of these.
     """
@@ -45,16 +46,19 @@ def adherence(
     taxonomy: str,
     policy: Policy,
     guard_of: Callable[[Policy], Guard],
+    others: int | None = None,
     store: Path | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[Adherence]:
-    """Judges each item twice, under the policy and under the same without the item's categories.
+    """Judges each item twice, under a policy with and under the same without the item's categories.
 
     Args:
         items: Labelled items. Those that are safe, or whose categories the policy doesn't have, are left out.
         taxonomy: Whose categories they are labelled with, one of `taxonomy_names()`.
         policy: A policy that is itself a taxonomy of the table, such as `rsafe-18`.
         guard_of: The guard for a policy.
+        others: How many categories beside the item's own the policies have; None for all. Fewer are drawn anew for
+            each set of own categories, always the same ones.
         store: A file for the verdicts, as `judge` takes it.
         on_progress: Called with the number of verdicts that are there.
 
@@ -80,13 +84,19 @@ def adherence(
         )
     # Those with the same policy one after the other, so that an engine computes it once.
     labelled.sort(key=lambda pair: sorted(pair[1]))
-    whole = guard_of(policy)
-    lesser = {ids: guard_of(_without(policy, ids)) for ids in dict.fromkeys(ids for _, ids in labelled)}
+    whole = guard_of(policy) if others is None else None
+    pairs: dict[frozenset[str], tuple[Guard, Guard]] = {}
+    for own in dict.fromkeys(own for _, own in labelled):
+        rest = _drawn(policy, own, others)
+        pairs[own] = whole or guard_of(_only(policy, rest | own)), guard_of(_only(policy, rest))
     texts = [item for item, _ in labelled]
-    with_it = judge(texts, lambda item: whole, store, on_progress=on_progress)
-    by_item = {id(item): lesser[ids] for item, ids in labelled}
+    by_item = {id(item): pairs[own] for item, own in labelled}
+    with_it = judge(texts, lambda item: by_item[id(item)][0], store, on_progress=on_progress)
     without_it = judge(
-        texts, lambda item: by_item[id(item)], store, on_progress=lambda done: on_progress(len(texts) + done)
+        texts,
+        lambda item: by_item[id(item)][1],
+        store,
+        on_progress=lambda done: on_progress(len(texts) + done),
     )
     rows = [
         (ids, first.label, second.label)
@@ -98,8 +108,15 @@ def adherence(
     return [*(one for one in found if one.items), _row("", rows)]
 
 
-def _without(policy: Policy, ids: frozenset[str]) -> Policy:
-    categories = tuple(category for category in policy.categories if category.id not in ids)
+def _drawn(policy: Policy, own: frozenset[str], others: int | None) -> frozenset[str]:
+    rest = [category.id for category in policy.categories if category.id not in own]
+    if others is None or others >= len(rest):
+        return frozenset(rest)
+    return frozenset(random.Random(" ".join(sorted(own))).sample(rest, others))
+
+
+def _only(policy: Policy, ids: frozenset[str]) -> Policy:
+    categories = tuple(category for category in policy.categories if category.id in ids)
     return policy.model_copy(update={"categories": categories})
 
 

@@ -45,9 +45,15 @@ def follows(request: Request) -> str:
     return r"\boxed{unsafe}" if f"\n{MEANT[number]}: " in text else r"\boxed{safe}"
 
 
-def rows(reply: object) -> list[Adherence]:
+def rows(reply: object, others: int | None = None, seen: list[Policy] | None = None) -> list[Adherence]:
     backend = ScriptedBackend(reply)  # type: ignore[arg-type]
-    return adherence(ITEMS, "beavertails", POLICY, lambda one: Guard(one, backend=backend, reasoning="never"))
+
+    def guard(policy: Policy) -> Guard:
+        if seen is not None:
+            seen.append(policy)
+        return Guard(policy, backend=backend, reasoning="never")
+
+    return adherence(ITEMS, "beavertails", POLICY, guard, others)
 
 
 def test_a_guard_that_follows_its_policy_flips_with_it() -> None:
@@ -56,6 +62,19 @@ def test_a_guard_that_follows_its_policy_flips_with_it() -> None:
         Adherence("U14", 2, 2, 2, 2, 0),
         Adherence("", 3, 3, 3, 3, 0),
     ]
+
+
+def test_small_policies_differ_in_the_items_own_categories_alone() -> None:
+    seen: list[Policy] = []
+    assert rows(follows, others=3, seen=seen)[-1] == Adherence("", 3, 3, 3, 3, 0)
+    small = [frozenset(category.id for category in policy.categories) for policy in seen]
+    own = [with_ids - without for with_ids, without in zip(small[::2], small[1::2], strict=True)]
+    assert {len(without) for without in small[1::2]} == {3}
+    assert set(own) == {frozenset({"U9"}), frozenset({"U14"}), frozenset({"U9", "U14"})}
+    again: list[Policy] = []
+    rows(follows, others=3, seen=again)
+    assert again == seen
+    assert rows(follows, others=40) == rows(follows)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +108,8 @@ def test_the_command_prints_each_category(
     file = tmp_path / "items.jsonl"
     file.write_text("".join(one.model_dump_json() + "\n" for one in ITEMS))
     arguments = ["eval", str(file), "--adherence", "beavertails", *(["--json"] if as_json else [])]
+    assert main(["eval", str(file), "--others", "3"]) == 2
+    assert "--others is for --adherence" in capsys.readouterr().err
     assert main(arguments) == 0
     out = capsys.readouterr().out
     if as_json:
