@@ -12,18 +12,30 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from rsafe_plugins.alignment.categorize import Categorizer
-from rsafe_plugins.alignment.examples import category_ids, neighbours, packaged, wordings_of
+from rsafe_plugins.alignment.examples import (
+    PolicyVariant,
+    category_ids,
+    neighbours,
+    packaged,
+    wordings_of,
+)
+from rsafe_plugins.alignment.recipe import WarmStartSettings
 from rsafe_plugins.alignment.warm_start import (
     BARE_PREFILL,
     BatchEncoder,
     Encoded,
+    Encoder,
     common_prefix,
     label_weights,
 )
 from rsafe_plugins.errors import DataError
 from rsafe_plugins.evaluation.items import LabelledItem
 from rsafe_plugins.guard.content import Content
+from rsafe_plugins.guard.dialects.rsafe_by_category import RSafeByCategory
+from rsafe_plugins.guard.prompt import GuardPrompt
 from rsafe_plugins.guard.verdict import Label
 from rsafe_plugins.policy import Category, Policy
 
@@ -51,6 +63,25 @@ class Questions:
 
     content: Content
     questions: tuple[Question, ...]
+
+
+class MixedEncoder(BatchEncoder):
+    """Encodes both kinds of batches: examples that share a policy, and contents with their questions."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: GuardPrompt, settings: WarmStartSettings
+    ) -> None:
+        super().__init__(tokenizer, prompt, settings)
+        self._whole = Encoder(tokenizer, prompt, settings)
+        self._by_category = CategoryEncoder(tokenizer, RSafeByCategory().prompt, settings)
+
+    def encode(
+        self, variant: PolicyVariant | None, examples: Sequence[Any]
+    ) -> tuple[list[int], list[Encoded]]:
+        """The ids that all begin with, then a sequence each; without a policy it is questions that are encoded."""
+        if variant is None:
+            return self._by_category.encode(variant, examples)
+        return self._whole.encode(variant, examples)
 
 
 class CategoryEncoder(BatchEncoder):
@@ -175,3 +206,23 @@ def category_batches(
     chance.shuffle(shuffled)
     for start in range(0, len(shuffled), size):
         yield None, [asker.questions(item, chance) for item in shuffled[start : start + size]]
+
+
+def mixed(first: Iterator[Any], second: Iterator[Any], share: float, seed: int) -> Iterator[Any]:
+    """All of both, each in its order.
+
+    Args:
+        first: Where one comes from otherwise.
+        second: Where the next one comes from with the probability `share`, while there are some.
+        share: 0 to 1.
+        seed: The same seed gives the same order.
+    """
+    chance = random.Random(seed)
+    missing = object()
+    while True:
+        chosen, other = (second, first) if chance.random() < share else (first, second)
+        drawn = next(chosen, missing)
+        if drawn is missing:
+            yield from other
+            return
+        yield drawn

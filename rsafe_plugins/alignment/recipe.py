@@ -82,8 +82,8 @@ class WarmStartSettings(StageSettings):
         thought_weight: Weight of the thought with its verdict.
         through_policy: Whether the gradient runs through the shared part too. Without it the adapter still changes
             what is computed there, but nothing is learned from that, and a step is about a third faster.
-        by_category: Whether it is for the dialect `rsafe-by-category`, which asks for each category by itself;
-            policies, thoughts and their weights then play no part.
+        by_category: Share of steps that ask for each category by itself, as the dialect `rsafe-by-category` does, 0 to
+            1; policies, thoughts and their weights play no part in them.
     """
 
     learning_rate: float = Field(default=4e-4, gt=0)
@@ -98,7 +98,7 @@ class WarmStartSettings(StageSettings):
     category_weight: float = Field(default=0.1, ge=0)
     thought_weight: float = Field(default=0.4, ge=0)
     through_policy: bool = True
-    by_category: bool = False
+    by_category: float = Field(default=0.0, ge=0, le=1)
 
 
 class GRPOSettings(StageSettings):

@@ -70,8 +70,10 @@ _PACKAGES = ("rsafe-plugins", "torch", "transformers", "peft", "trl", "vllm")
 @click.option(
     "--by-category",
     is_flag=True,
+    flag_value=1.0,
     default=None,
-    help="warm-start: for the dialect rsafe-by-category, which asks for each category by itself.",
+    help="warm-start: for the dialect rsafe-by-category, which asks for each category by itself. "
+    "--set by_category=0.5 does so in half of the steps.",
 )
 @click.option(
     "--recipe",
@@ -225,40 +227,44 @@ def _warm_start(job: _Job, recipe: str | None, options: dict[str, Any]) -> dict[
     from rsafe_plugins.alignment.recipe import WarmStartSettings, load_recipe
 
     settings = load_recipe(WarmStartSettings, recipe, options)
-    if settings.by_category and job.template:
-        raise click.UsageError("by_category has a prompt of its own: leave --template out.")
+    share = settings.by_category
+    if share == 1 and job.template:
+        raise click.UsageError("by_category=1 has a prompt of its own: leave --template out.")
     data = job.data(settings.seed)
-    from rsafe_plugins.alignment.by_category import Asker, CategoryEncoder, category_batches
+    from rsafe_plugins.alignment.by_category import Asker, MixedEncoder, category_batches, mixed
     from rsafe_plugins.alignment.categorize import Categorizer
     from rsafe_plugins.alignment.examples import batches, category_ids
-    from rsafe_plugins.alignment.warm_start import Encoder, WarmStart
+    from rsafe_plugins.alignment.warm_start import WarmStart
     from rsafe_plugins.backends.weights import embedded_weights
     from rsafe_plugins.guard.dialects.rsafe_by_category import RSafeByCategory
     from rsafe_plugins.guard.prompt import GuardPrompt
 
     base = settings.base or str(embedded_weights())
-    prompt = RSafeByCategory().prompt if settings.by_category else GuardPrompt(job.template)
-    encoder = CategoryEncoder if settings.by_category else Encoder
-    stage = WarmStart(base, prompt, settings, job.out, job.record(), job.adapter, encoder)
+    prompt, asked = GuardPrompt(job.template), RSafeByCategory().prompt
+    run = {**job.record(), "template_by_category": asked.digest}
+    stage = WarmStart(base, prompt, settings, job.out, run, job.adapter, MixedEncoder)
     if stage.rank == 0:
         job.write_held_out(data)
-    drawn: Iterator[tuple[Any, Sequence[Any]]]
     categorizer = Categorizer([*data.items, *data.unused], category_ids)
-    if settings.by_category:
-        asker = Asker(data.items, categorizer)
-        items = asker.answerable(data.items)
-        drawn = category_batches(items, settings.batch, settings.seed, asker)
-    else:
-        items = data.items
+    drawn: Iterator[tuple[Any, Sequence[Any]]] = iter(())
+    total = 0
+    if share < 1:
+        total += len(data.items)
         drawn = batches(
-            items,
+            data.items,
             settings.batch,
             settings.seed,
             categorizer,
             policies=settings.policies,
             thoughts=settings.thoughts,
         )
-    total = min(len(items), settings.items or len(items))
+    if share > 0:
+        asker = Asker(data.items, categorizer)
+        items = asker.answerable(data.items)
+        total += len(items)
+        by_category = category_batches(items, settings.batch, settings.seed, asker)
+        drawn = mixed(drawn, by_category, share, settings.seed)
+    total = min(total, settings.items or total)
     with _progress(shown=stage.rank == 0) as progress:
         bar = progress.add_task(_WARM_START, total=total, figure="")
         stage.train(

@@ -14,6 +14,7 @@ from rsafe_plugins.alignment.by_category import (
     Question,
     Questions,
     category_batches,
+    mixed,
 )
 from rsafe_plugins.alignment.categorize import Categorizer
 from rsafe_plugins.alignment.examples import category_ids, wordings_of
@@ -171,6 +172,28 @@ def test_every_item_is_asked_about_once_and_the_seed_decides() -> None:
     assert made == list(category_batches(items, 4, 3, asks))
 
 
+def test_a_share_of_the_steps_asks_by_category_until_all_is_seen() -> None:
+    order = list(mixed(iter("abcd"), iter(range(40)), 0.5, seed=1))
+    assert [one for one in order if isinstance(one, str)] == list("abcd")
+    assert [one for one in order if isinstance(one, int)] == list(range(40))
+    assert order != list(mixed(iter("abcd"), iter(range(40)), 0.5, seed=2))
+    assert "".join(map(str, mixed(iter("ab"), iter("cd"), 1.0, seed=0))) == "cdab"
+
+
+def test_the_command_trains_for_both_ways(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.jsonl"
+    rows = [item("unsafe", "Hate") if n % 2 else item("safe") for n in range(12)]
+    lines = (one.model_copy(update={"id": str(n), "prompt": f"text {n}"}) for n, one in enumerate(rows))
+    data.write_text("".join(f"{line.model_dump_json()}\n" for line in lines))
+    command = ["align", "--stage", "warm-start", str(data), "--base", str(tiny_base), "--json"]
+    command += ["--out", str(tmp_path / "run"), "--batch", "4", "--held-out", "0", "--set", "by_category=0.5"]
+    assert main(command) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["settings"]["by_category"], report["items"]) == (0.5, 24)
+
+
 def test_the_command_trains_for_the_dialect(
     tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,7 +217,7 @@ def test_the_command_trains_for_the_dialect(
     status = main([*command, "--out", str(tmp_path / "run"), "--batch", "4", "--held-out", "0"])
     report = json.loads(capsys.readouterr().out)
     assert status == 0
-    assert report["settings"]["by_category"] is True
+    assert report["settings"]["by_category"] == 1
     assert report["items"] == 12
     template = tmp_path / "template.jinja"
     assert main([*command, "--out", str(tmp_path / "other"), "--template", str(template)]) == 2
