@@ -31,14 +31,16 @@ class Variant:
         title: Of its row.
         options: Of `rsafe align`.
         after: The training whose adapter it goes on from by GRPO; empty for a warm start.
-        dialect: How it is asked.
+        asked: Options of `rsafe eval`: how it is asked.
+        fitted: More of them, where its thresholds are fitted.
     """
 
     name: str
     title: str
     options: tuple[str, ...] = ()
     after: str = ""
-    dialect: str = "rsafe"
+    asked: tuple[str, ...] = ()
+    fitted: tuple[str, ...] = ()
 
 
 VARIANTS = (
@@ -56,10 +58,22 @@ VARIANTS = (
         after="one-policy",
     ),
     Variant("policies-grpo", "warm start and GRPO, policies drawn", after="policies"),
-    Variant("by-category", "one question for each category", ("--by-category",), dialect="rsafe-by-category"),
+    Variant(
+        "by-category",
+        "one question for each category",
+        ("--by-category",),
+        asked=("--dialect", "rsafe-by-category"),
+    ),
+    Variant(
+        "both",
+        "the whole policy, then each category",
+        ("--set", "by_category=0.6"),
+        fitted=("--fit-categories",),
+    ),
 )
 SETS = {"toxicchat": 200, "openai_moderation": 200, "beavertails_test": 200, "harmbench_responses": 200}
 ADHERENCE = ("beavertails_test", "beavertails", 100)
+POLICIES = {"Flip rate": (), "with three others": ("--others", "3")}
 
 
 def train(variant: Variant, data: Path, items: int, steps: int) -> None:
@@ -85,21 +99,25 @@ def trained(data: Path, items: int, steps: int) -> None:
 
 
 def measured(variant: Variant, sets: Path) -> list[str]:
-    """The cells of its row: on each set the area under the ROC curve and F1, and the flip rate."""
+    """The cells of its row: on each set the area under the ROC curve and F1, and the flip rates."""
     folder = OUT / variant.name
-    asked = ("--backend", f"embedded:{folder / 'guard-adapter.gguf'}", "--dialect", variant.dialect)
-    bare = (*asked, "--reasoning", "never", "--verdicts", folder / "verdicts.jsonl")
+    bare = ("--backend", f"embedded:{folder / 'guard-adapter.gguf'}", *variant.asked, "--reasoning", "never")
+    bare = (*bare, "--verdicts", str(folder / "verdicts.jsonl"))
     fitted = folder / "fitted.yaml"
     if not fitted.exists():
-        evaluated(folder / "held-out.jsonl", *bare, "--unsafe-share", "0.5", "--fit", fitted)
-    bare = (*bare, "--threshold", fitted)
+        share = ("--unsafe-share", "0.5")
+        evaluated(folder / "held-out.jsonl", *bare, *share, "--fit", fitted, *variant.fitted)
+    bare = (*bare, "--threshold", str(fitted))
     cells = []
     for name, limit in SETS.items():
         (result,) = evaluated(sets / f"{name}.jsonl", *bare, "--limit", str(limit))
         cells.append(f"{result['auroc']:.2f}, {result['f1']:.2f}")
     name, taxonomy, limit = ADHERENCE
-    total = evaluated(sets / f"{name}.jsonl", *bare, "--limit", str(limit), "--adherence", taxonomy)[-1]
-    return [*cells, f"{total['flip_rate']:.2f} of {total['items']}"]
+    for options in POLICIES.values():
+        options = ("--limit", str(limit), "--adherence", taxonomy, *options)
+        total = evaluated(sets / f"{name}.jsonl", *bare, *options)[-1]
+        cells.append(f"{total['flip_rate']:.2f} of {total['items']}")
+    return cells
 
 
 def main() -> None:
@@ -108,7 +126,8 @@ def main() -> None:
         sys.exit("Expected: python -m benchmarks.ablation TRAINING-FOLDER PUBLIC-SETS-FOLDER ITEMS STEPS")
     items, steps = int(sys.argv[3]), int(sys.argv[4])
     trained(folders[0], items, steps)
-    lines = [f"| {' | '.join(['Training', *SETS, 'Flip rate'])} |", "|---" * (len(SETS) + 2) + "|"]
+    titles = ["Training", *SETS, *POLICIES]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for variant in VARIANTS:
         lines.append(f"| {' | '.join([variant.title, *measured(variant, folders[1])])} |")
         print(lines[-1], flush=True)

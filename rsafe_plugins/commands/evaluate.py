@@ -22,7 +22,7 @@ from rsafe_plugins import Guard, Policy, Verdict
 from rsafe_plugins.commands import common
 from rsafe_plugins.errors import DataError
 from rsafe_plugins.evaluation.adherence import Adherence, adherence
-from rsafe_plugins.evaluation.fit import fit
+from rsafe_plugins.evaluation.fit import fit, fit_categories
 from rsafe_plugins.evaluation.formats import FORMATS, read_set
 from rsafe_plugins.evaluation.items import LabelledItem
 from rsafe_plugins.evaluation.run import judge, sample
@@ -110,6 +110,12 @@ class _Variant(click.ParamType):  # type: ignore[type-arg]  # generic in the new
     metavar="P|FILE",
     help="Unsafe from this probability on, or a file that --fit wrote.",
 )
+@click.option(
+    "--category-threshold",
+    type=click.FloatRange(0, 1),
+    metavar="P",
+    help="Ask about what is unsafe category by category; safe if none is met with this probability. 0 doesn't ask.",
+)
 @click.option("--template", metavar="PATH", type=click.Path(), help="The wording of the guard's prompt.")
 @click.option(
     "--limit", type=click.IntRange(min=1), help="At most so many items a file, always the same ones."
@@ -158,6 +164,12 @@ class _Variant(click.ParamType):  # type: ignore[type-arg]  # generic in the new
     help="With --fit: how much of the traffic that the guard is for is unsafe. Default: as in the files.",
 )
 @click.option(
+    "--fit-categories",
+    "by_category",
+    is_flag=True,
+    help="With --fit: also from which probability a category is met, for a guard that was trained with by_category.",
+)
+@click.option(
     "--adherence",
     "taxonomy",
     type=click.Choice(taxonomy_names()),
@@ -181,6 +193,7 @@ def evaluate(
     report_file: Path | None,
     fit_file: Path | None,
     unsafe_share: float | None,
+    by_category: bool,
     taxonomy: str | None,
     others: int | None,
     as_json: bool,
@@ -206,10 +219,22 @@ def evaluate(
         )
     if others and not taxonomy:
         raise click.UsageError("--others is for --adherence.")
+    if by_category and not fit_file:
+        raise click.UsageError("--fit-categories is for --fit.")
     sets = _sets(files, limit)
     with _saying_how_to_go_on(verdicts):
         if fit_file is not None:
-            return _fit(sets, policy, document_policy, verdicts, fit_file, unsafe_share, as_json, settings)
+            return _fit(
+                sets,
+                policy,
+                document_policy,
+                verdicts,
+                fit_file,
+                as_json,
+                settings,
+                unsafe_share=unsafe_share,
+                categories=by_category,
+            )
         if taxonomy is not None:
             return _adherence(sets, policy, taxonomy, others, verdicts, as_json, settings)
         base = {"policy": policy, "document_policy": document_policy, **settings}
@@ -296,34 +321,55 @@ def _fit(
     document_policy: str,
     verdicts: Path | None,
     file: Path,
-    unsafe_share: float | None,
     as_json: bool,
     settings: Mapping[str, Any],
+    *,
+    unsafe_share: float | None,
+    categories: bool,
 ) -> int:
     if settings["reasoning"] not in (None, "never"):
         raise click.UsageError(
             "--fit judges both ways, or with --reasoning never only without a thought; leave --reasoning out."
         )
     items = [item for part in sets.values() for item in part]
-    modes = {"never": _guards(policy, document_policy, **{**settings, "reasoning": "never"})}
+
+    def guards(**changed: Any) -> dict[bool, Guard]:
+        # The threshold of categories is fitted on what comes before it.
+        return _guards(policy, document_policy, **{**settings, "category_threshold": 0.0, **changed})
+
+    modes = {"never": guards(reasoning="never")}
     if settings["reasoning"] is None and modes["never"][False].dialect.thought is not None:
-        modes["always"] = _guards(policy, document_policy, **{**settings, "reasoning": "always"})
+        modes["always"] = guards(reasoning="always")
+    by_category = modes["never"][False].dialect.by_category
+    if categories and by_category is None:
+        raise click.UsageError(
+            f"--fit-categories: a guard of the dialect {modes['never'][False].dialect.name} isn't asked category by "
+            "category."
+        )
     with _progress() as progress:
-        judged = [_judge(progress, mode, items, guards, verdicts) for mode, guards in modes.items()]
-    bare, thought = judged[0], judged[-1]
-    points: dict[str, OperatingPoint] = {}
-    lines = []
-    for guard in modes["never"].values():
-        mine = [n for n, item in enumerate(items) if modes["never"][item.task == "document"] is guard]
-        fitted = fit(
-            [items[n] for n in mine], [bare[n] for n in mine], [thought[n] for n in mine], unsafe_share
-        )
-        if fitted is None:
-            continue
-        points[guard.policy.name] = OperatingPoint(
-            threshold=fitted.threshold, band=fitted.band, digest=guard.policy.digest
-        )
-        lines.append({"policy": guard.policy.name, "items": len(mine), **asdict(fitted)})
+        judged = [_judge(progress, mode, items, mine, verdicts) for mode, mine in modes.items()]
+        bare, thought = judged[0], judged[-1]
+        points: dict[str, OperatingPoint] = {}
+        lines = []
+        for guard in modes["never"].values():
+            mine = [n for n, item in enumerate(items) if modes["never"][item.task == "document"] is guard]
+            fitted = fit(
+                [items[n] for n in mine], [bare[n] for n in mine], [thought[n] for n in mine], unsafe_share
+            )
+            if fitted is None:
+                continue
+            point = OperatingPoint(threshold=fitted.threshold, band=fitted.band, digest=guard.policy.digest)
+            line = {"policy": guard.policy.name, "items": len(mine), **asdict(fitted)}
+            found = [n for n in mine if items[n].unsafe and (bare[n].score or 0.0) >= fitted.threshold]
+            asked = [items[n] for n in found if items[n].task != "document"]
+            if categories and asked:
+                opinions = guards(reasoning="never", dialect=by_category)
+                seen = _judge(progress, "categories", asked, opinions, verdicts)
+                met = fit_categories([one.score for one in seen if one.score is not None])
+                point = point.model_copy(update={"category_threshold": met})
+                line["category_threshold"] = met
+            points[guard.policy.name] = point
+            lines.append(line)
     if not points:
         raise DataError(
             "Fitting needs safe and unsafe items that the guard could score; there are none of one of them."
@@ -339,6 +385,10 @@ def _fit(
                 f"{line['adaptive']:.3f}, always {line['always']:.3f}; adaptive generates "
                 f"{line['token_share']:.0%} of the tokens of always."
             )
+            if "category_threshold" in line:
+                common.console().print(
+                    f"{line['policy']}: a category is met from {line['category_threshold']} on."
+                )
     return 0
 
 

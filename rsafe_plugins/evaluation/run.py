@@ -79,6 +79,8 @@ def _key(item: LabelledItem, guard: Guard, engine: str) -> str:
     chat = (dialect.name, dialect.digest, guard.policy.digest, dialect.messages(guard.policy, content))
     asked = hashlib.blake2b(repr(chat).encode("utf-8"), digest_size=12).hexdigest()
     how = f"{engine}/{settings.reasoning}/{point.threshold}/{point.band}"
+    if point.category_threshold:
+        how += f"/{point.category_threshold}"
     unnamed = "" if settings.name_categories else "/unnamed"
     return f"{asked}/{how}/{settings.max_reasoning_tokens}{unnamed}"
 

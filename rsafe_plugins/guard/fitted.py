@@ -32,6 +32,8 @@ class OperatingPoint(BaseModel):
     Attributes:
         threshold: Unsafe from this probability on, 0 to 1.
         band: Lowest and highest probability at which adaptive reasoning thinks.
+        category_threshold: What is found unsafe is asked about category by category, and a category is met from this
+            probability on; 0 where it isn't asked.
         digest: The policy's digest when this was fitted; empty where it wasn't.
     """
 
@@ -39,6 +41,7 @@ class OperatingPoint(BaseModel):
 
     threshold: Probability = 0.5
     band: Band = (0.3, 0.7)
+    category_threshold: Probability = 0.0
     digest: str = ""
 
 

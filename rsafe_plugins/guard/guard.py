@@ -46,6 +46,9 @@ _START_SECONDS = 900.0
 # From so many characters on a content takes milliseconds to be made a prompt.
 _LARGE = 50_000
 
+# What a guard is trained to be asked about category by category.
+_CONFIRMED = ("prompt", "response")
+
 _FORGOTTEN = Content.prompt("")
 
 
@@ -94,6 +97,8 @@ class Guard:
         reasoning: `never`, `always` or `adaptive` (the default).
         threshold: Unsafe from this probability on, 0 to 1; or a file that `rsafe eval --fit` wrote.
         band: Lowest and highest probability at which adaptive reasoning thinks.
+        category_threshold: What is found unsafe is asked about category by category, and is safe if none is met with
+            this probability; 0 doesn't ask.
         max_reasoning_tokens: Budget of a thought, in tokens.
         timeout: Seconds for one check.
         on_error: What a failed check does: `block` (the default), `allow`, or `raise`.
@@ -125,6 +130,7 @@ class Guard:
         reasoning: Reasoning | None = None,
         threshold: float | str | Path | None = None,
         band: tuple[float, float] | None = None,
+        category_threshold: float | None = None,
         max_reasoning_tokens: int | None = None,
         timeout: float | None = None,
         on_error: OnError | None = None,
@@ -179,19 +185,43 @@ class Guard:
             )
         self._flights = Flights(self._judge, settings.cache, lambda check: check.error is None, self._late)
         self._joiner = Joiner(self._complete, max(1, self.backend.concurrency))
-        _ = self.operating_point  # a file that can't be read is said now, not at the first check
+        self._by_category = self._second_opinion()
+
+    def _second_opinion(self) -> Guard | None:
+        """What asks about unsafe content category by category; None where nothing does."""
+        if self.settings.category_threshold and self.dialect.by_category is None:
+            raise SettingsError(
+                f"A guard of the dialect {self.dialect.name} isn't asked category by category after its verdict: "
+                "leave category_threshold out."
+            )
+        threshold = self.operating_point.category_threshold
+        if not threshold or self.dialect.by_category is None:
+            return None
+        settings = {
+            "policy": self.policy,
+            "backend": self.backend,
+            "dialect": self.dialect.by_category,
+            "template": None,
+            "reasoning": "never",
+            "threshold": threshold,
+            "category_threshold": None,
+        }
+        return Guard.from_settings(self.settings.model_copy(update=settings))
 
     @property
     def operating_point(self) -> OperatingPoint:
         """The threshold and the band that count: those given, else those fitted for this model and policy."""
         given = self.settings.threshold
         if isinstance(given, float):
-            low, high = operating_point(self.backend.model, self.policy).band
+            point = operating_point(self.backend.model, self.policy)
+            low, high = point.band
             # Where thinking doesn't pay at the fitted threshold, it doesn't at another one.
-            point = OperatingPoint(threshold=given, band=(low, high) if low < high else (given, given))
+            band = (low, high) if low < high else (given, given)
+            point = point.model_copy(update={"threshold": given, "band": band, "digest": ""})
         else:
             point = operating_point(self.backend.model, self.policy, given)
-        return point if self.settings.band is None else point.model_copy(update={"band": self.settings.band})
+        own = {"band": self.settings.band, "category_threshold": self.settings.category_threshold}
+        return point.model_copy(update={name: value for name, value in own.items() if value is not None})
 
     def check(self, content: Content | str) -> Verdict:
         """Judges one content; a str is a prompt.
@@ -405,9 +435,11 @@ class Guard:
                 uncertain = [check for check in checks if self._is_uncertain(check)]
         if uncertain:
             await self._think(uncertain)
-        await self._name_categories(
-            [check for check in checks if check.label == "unsafe" and check.thought is None]
-        )
+        bare = [check for check in checks if check.label == "unsafe" and check.thought is None]
+        if self._by_category is not None:
+            await self._confirm(self._by_category, [one for one in bare if one.content.kind in _CONFIRMED])
+            bare = [check for check in bare if check.content.kind not in _CONFIRMED]
+        await self._name_categories(bare)
 
     def _is_uncertain(self, check: _Check) -> bool:
         low, high = self.operating_point.band
@@ -488,6 +520,22 @@ class Guard:
             read,
         )
         await self._score([check for check in checks if check.error is None], thought=True)
+
+    async def _confirm(self, opinion: Guard, checks: Sequence[_Check]) -> None:
+        """Asks about what is unsafe category by category: what meets none of them is safe under this policy.
+
+        Where that fails, it stays unsafe.
+        """
+        asked = [await opinion._begin(check.content, check.policy) for check in checks]
+        await opinion._decide(asked)
+        for check, one in zip(checks, asked, strict=True):
+            check.usage += one.usage
+            check.conclusion = one.conclusion if one.error is None else ""
+            if one.error is None and one.label == "safe" and one.score is not None:
+                met = opinion.operating_point.threshold
+                # Under the threshold by as much as the category that came nearest was.
+                nearest = self.operating_point.threshold * one.score / met
+                check.label, check.score = "safe", min(check.score or 0.0, nearest)
 
     async def _name_categories(self, checks: Sequence[_Check]) -> None:
         """What a bare unsafe verdict is for. It explains a block and can't lift it."""

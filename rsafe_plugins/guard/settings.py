@@ -41,6 +41,9 @@ class GuardSettings(BaseSettings):
             embedded guard's, and 0.5 with a band of 0.3 to 0.7 for other models.
         band: Lowest and highest probability at which adaptive reasoning thinks. None for the one that was fitted
             for the model, also beside a `threshold` of your own.
+        category_threshold: What is found unsafe without a thought, prompt or response, is then asked about category by
+            category, and is safe if none is met with this probability; 0 doesn't ask. None for what was fitted
+            for the model. For guards that were trained so, on engines that give probabilities.
         max_reasoning_tokens: Budget of the thought, in tokens; it is closed there and the verdict scored.
         timeout: Seconds for one check. A batch has that much for each round of checks that the engine works on
             at once.
@@ -65,6 +68,7 @@ class GuardSettings(BaseSettings):
     reasoning: Reasoning = "adaptive"
     threshold: Probability | Path | None = None
     band: Band | None = None
+    category_threshold: Probability | None = None
     max_reasoning_tokens: int = Field(default=256, ge=1)
     timeout: float = Field(default=60.0, gt=0)
     on_error: OnError = "block"

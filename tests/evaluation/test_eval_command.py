@@ -103,6 +103,33 @@ def test_fitting_without_thoughts_judges_once_and_never_thinks(
     assert "leave --reasoning out" in capsys.readouterr().err
 
 
+def test_fitting_categories_writes_from_when_one_is_met(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def candidates(request: Request) -> dict[str, float]:
+        met = 0.6 if "Category: Hate" in request.messages[-1].content else 0.2
+        return (
+            {"safe": 1 - met, "unsafe": met}
+            if "Category: " in request.messages[-1].content
+            else probability(request)
+        )
+
+    backend = ScriptedBackend("", candidates=candidates)
+    monkeypatch.setattr(common, "make_guard", lambda **given: Guard(**{**given, "backend": backend}))
+    file = tmp_path / "fitted.yaml"
+    command = ["eval", str(data), "--reasoning", "never", "--fit", str(file), "--fit-categories"]
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["category_threshold"] == 0.6
+    guard = Guard(backend=backend, threshold=file)
+    assert guard.operating_point.category_threshold == 0.6
+    assert main(command) == 0
+    assert "a category is met from 0.6 on" in " ".join(capsys.readouterr().out.split())
+    assert main(["eval", str(data), "--fit-categories"]) == 2
+    assert "--fit-categories is for --fit" in capsys.readouterr().err
+    assert main([*command, "--dialect", "llama-guard"]) == 2
+    assert "isn't asked category by category" in " ".join(capsys.readouterr().err.split())
+
+
 def test_fitting_needs_both_labels(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data.write_text(data.read_text().splitlines()[0] + "\n")
     assert main(["eval", str(data), "--fit", str(tmp_path / "fitted.yaml")]) == 2

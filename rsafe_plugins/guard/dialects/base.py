@@ -49,6 +49,8 @@ class Dialect(abc.ABC):
         own_chat: Whether the model's chat template is the guard's prompt, so that a begun answer can't stand in the
             chat as a message: it would be judged.
         one_category: Whether the model is asked for one category at a time.
+        by_category: The dialect in which a model of this one may be asked about one category at a time, by name; None
+            where there is none.
         mode_in_prompt: Whether the prompt itself says if the model shall think.
         answer_tokens: Room for an answer without its thought.
         stop: What ends an answer that is generated.
@@ -67,6 +69,7 @@ class Dialect(abc.ABC):
     expects: str
     own_chat: bool = False
     one_category: bool = False
+    by_category: str | None = None
     mode_in_prompt: bool = False
     answer_tokens: int = 64
     stop: tuple[str, ...] = ()

@@ -23,6 +23,7 @@ class RSafe(Dialect):
     begin = "\\boxed{"
     thought: Thought | None = Thought("<think>", "</think>", "\n\\boxed{")
     naming: str | None = "\\boxed{unsafe}\nCategories:"
+    by_category: str | None = "rsafe-by-category"
     # The first box that is closed after the thought, or without one.
     enough = re.compile(r"\A\s*(?:<think>.*?</think>|(?!<think>)).*?\\boxed\{[^{}]*\}", re.DOTALL)
 

@@ -21,6 +21,7 @@ class RSafeByCategory(RSafe):
     thought = None
     naming = None
     one_category = True
+    by_category = None
 
     def __init__(self) -> None:
         template = resources.files("rsafe_plugins.guard") / "templates" / f"{self.name}.jinja"

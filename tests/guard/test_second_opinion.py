@@ -1,0 +1,169 @@
+"""What is unsafe, asked about once more, category by category."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from rsafe_plugins import BackendError, Category, Content, Guard, Policy, SettingsError
+from rsafe_plugins.backends import Completion, Request
+from rsafe_plugins.errors import InputTooLong
+from rsafe_plugins.guard.fitted import OperatingPoint, write
+from rsafe_plugins.testing import ScriptedBackend
+
+THEFT, HATE = Category(id="A", name="Theft"), Category(id="B", name="Hate")
+POLICY = Policy(name="house", categories=(THEFT, HATE))
+
+
+def is_second(request: Request) -> bool:
+    return "\nCategory: " in request.messages[-1].content
+
+
+def engine(unsafe: float = 0.9, *, theft: float = 0.2, hate: float = 0.2) -> ScriptedBackend:
+    """An engine with a probability for the whole policy and one for each category."""
+
+    def candidates(request: Request) -> dict[str, float]:
+        of = {"Theft": theft, "Hate": hate}
+        name = request.messages[-1].content.rpartition("\nCategory: ")[2].split(".")[0]
+        probability = of[name] if is_second(request) else unsafe
+        return {"safe": 1 - probability, "unsafe": probability}
+
+    return ScriptedBackend(
+        lambda request: "a thought" if request.prefill == "<think>" else " A", candidates=candidates
+    )
+
+
+def guard(backend: ScriptedBackend, policy: Policy = POLICY, **settings: object) -> Guard:
+    given = {"reasoning": "never", "threshold": 0.4, "category_threshold": 0.5, **settings}
+    return Guard(policy, backend=backend, **given)  # type: ignore[arg-type]
+
+
+def test_what_meets_a_category_stays_unsafe_and_names_it() -> None:
+    verdict = guard(engine(hate=0.9)).check("x")
+    assert (verdict.label, verdict.score, verdict.categories) == ("unsafe", pytest.approx(0.9), ("B",))
+    assert guard(engine(hate=0.9, theft=0.6)).check("x").categories == ("A", "B")
+
+
+def test_what_meets_none_is_safe_by_as_much_as_the_nearest_is_missed() -> None:
+    verdict = guard(engine(theft=0.25)).check("x")
+    assert (verdict.label, verdict.blocked, verdict.categories) == ("safe", False, ())
+    assert verdict.score == pytest.approx(0.4 * 0.25 / 0.5)
+
+
+def test_the_verdict_follows_the_policy() -> None:
+    backend = engine(hate=0.9)
+    assert guard(backend).check("x").blocked
+    assert not guard(backend, Policy(name="house", categories=(THEFT,))).check("x").blocked
+
+
+def test_what_is_safe_takes_one_request_and_nothing_makes_it_unsafe() -> None:
+    backend = engine(0.1, hate=0.9)
+    assert guard(backend).check("x").label == "safe"
+    assert len(backend.requests) == 1
+
+
+@pytest.mark.parametrize("on_error", ["block", "allow"])
+@pytest.mark.parametrize("fault", [BackendError("down"), InputTooLong("long"), RuntimeError("broken"), 0.0])
+def test_what_fails_the_second_time_stays_unsafe(fault: BaseException | float, on_error: str) -> None:
+    class Failing(ScriptedBackend):
+        async def complete(self, requests: list[Request]) -> list[Completion | BackendError]:  # type: ignore[override]
+            if not is_second(requests[0]) or isinstance(fault, float):
+                return await super().complete(requests)
+            if isinstance(fault, BackendError):
+                return [fault] * len(requests)
+            raise fault
+
+    backend = Failing(
+        candidates=lambda request: {"unsafe": 0.9 if not is_second(request) else 0.0, "safe": 0.0}
+    )
+    verdict = guard(backend, on_error=on_error).check("x")
+    assert (verdict.label, verdict.blocked, verdict.categories) == ("unsafe", True, ())
+
+
+def test_one_category_that_fails_keeps_it_unsafe_though_the_others_are_not_met() -> None:
+    class Partly(ScriptedBackend):
+        async def complete(self, requests: list[Request]) -> list[Completion | BackendError]:  # type: ignore[override]
+            completions = await super().complete(requests)
+            return [BackendError("down"), *completions[1:]] if is_second(requests[0]) else completions
+
+    backend = Partly(candidates=engine()._candidates)
+    assert guard(backend).check("x").blocked
+
+
+async def test_what_hangs_the_second_time_stays_unsafe() -> None:
+    class Hanging(ScriptedBackend):
+        async def complete(self, requests: list[Request]) -> list[Completion | BackendError]:  # type: ignore[override]
+            if is_second(requests[0]):
+                await asyncio.Event().wait()
+            return await super().complete(requests)
+
+    backend = Hanging(candidates=engine()._candidates)
+    (verdict,) = await guard(backend, timeout=0.2, on_error="allow").acheck_many(["x"])
+    assert (verdict.label, verdict.blocked) == ("unsafe", True)
+
+
+async def test_two_hundred_at_once_get_their_own_answers() -> None:
+    def candidates(request: Request) -> dict[str, float]:
+        text = request.messages[-1].content
+        probability = float("hateful" in text) if is_second(request) else 1.0
+        return {"safe": 1 - probability, "unsafe": probability}
+
+    texts = [f"{'hateful' if n % 3 else 'mild'} text {n}" for n in range(200)]
+    asked = guard(ScriptedBackend(candidates=candidates))
+    verdicts = await asyncio.gather(*(asked.acheck(text) for text in texts))
+    assert [verdict.blocked for verdict in verdicts] == [bool(n % 3) for n in range(200)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [Content.document("d"), Content.tool_call("send", {"to": "x"}), Content.tool_result("r", name="send")],
+    ids=lambda content: content.kind,
+)
+def test_only_prompts_and_responses_are_asked_about_again(content: Content) -> None:
+    backend = engine()
+    assert guard(backend).check(content).blocked
+    assert not any(map(is_second, backend.requests))
+
+
+def test_a_verdict_after_a_thought_is_not_asked_about_again() -> None:
+    backend = engine()
+    assert guard(backend, reasoning="always").check("x").blocked
+    assert not any(map(is_second, backend.requests))
+
+
+def test_the_fitted_threshold_counts_unless_another_is_given(tmp_path: Path) -> None:
+    file = tmp_path / "fitted.yaml"
+    write(file, "scripted", {"house": OperatingPoint(threshold=0.4, category_threshold=0.5)})
+    fitted = Guard(POLICY, backend=engine(), reasoning="never", threshold=file)
+    assert not fitted.check("x").blocked
+    for given in (0, 0.1):
+        own = Guard(POLICY, backend=engine(), reasoning="never", threshold=file, category_threshold=given)
+        assert own.check("x").blocked
+
+
+def test_a_guard_that_can_not_be_asked_so_says_it() -> None:
+    with pytest.raises(SettingsError, match="dialect llama-guard isn't asked category by category"):
+        guard(engine(), dialect="llama-guard")
+
+
+def test_a_text_in_parts_is_asked_about_part_by_part() -> None:
+    class Short(ScriptedBackend):
+        async def complete(self, requests: list[Request]) -> list[Completion | BackendError]:  # type: ignore[override]
+            completions = await super().complete(requests)
+            return [
+                InputTooLong("long") if request.messages[-1].content.count("word") > 1200 else completion
+                for request, completion in zip(requests, completions, strict=True)
+            ]
+
+    def candidates(request: Request) -> dict[str, float]:
+        text = request.messages[-1].content
+        probability = float("hateful" in text and "Category: Hate" in text) if is_second(request) else 0.9
+        return {"safe": 1 - probability, "unsafe": probability}
+
+    text = "word " * 2000
+    assert not guard(Short(candidates=candidates)).check(text).blocked
+    verdict = guard(Short(candidates=candidates)).check(text + "hateful")
+    assert (verdict.blocked, verdict.categories) == (True, ("B",))
+    assert verdict.part is not None
