@@ -38,7 +38,7 @@ COLUMNS = {
     "auprc": "AUPRC",
 }
 THOUGHTS = 20  # items a set that are judged after a thought, too, which takes ten times as long
-ADHERENCE = ("beavertails_test", "beavertails", 60)
+ADHERENCE = ("beavertails_test", "beavertails", 120)
 
 
 SHIPPED = ("--backend", "embedded", "--verdicts", FOLDER.with_name("eval") / "verdicts.jsonl")
@@ -68,20 +68,29 @@ def table(folder: Path, most: int, *options: str) -> list[str]:
     return lines
 
 
+def flips(folder: Path, policies: str, *options: str) -> str:
+    """The row of those policies."""
+    name, taxonomy, limit = ADHERENCE
+    asked = (*SHIPPED, "--limit", str(limit), "--adherence", taxonomy, *options)
+    total = evaluated(folder / f"{name}.jsonl", *asked)[-1]
+    counts = [total[name] for name in ("items", "unsafe_with", "safe_without")]
+    return row([policies, *counts, f"{total['flip_rate']:.2f}"])
+
+
 def figures(folder: Path) -> str:
     """The tables of the card."""
     lines = table(folder, max(limit for *_, limit in SETS))
     lines += ["", f"After a thought (`reasoning: always`), {THOUGHTS} items of each set:", ""]
     lines += table(folder, THOUGHTS, "--reasoning", "always")
-    name, taxonomy, limit = ADHERENCE
-    options = (*SHIPPED, "--limit", str(limit), "--adherence", taxonomy)
-    total = evaluated(folder / f"{name}.jsonl", *options)[-1]
     lines += [
         "",
-        f"Does it follow its policy? Of {total['items']} unsafe responses of BeaverTails, judged under `rsafe-18` and "
-        f"under the same policy without their categories, {total['unsafe_with']} were unsafe under the first, "
-        f"{total['safe_without']} safe under the second, and {total['flipped']} both: a flip rate of "
-        f"{total['flip_rate']:.2f}. A guard that ignores its policy gets 0.",
+        "Does it follow its policy? Unsafe responses of BeaverTails, judged under a policy with their categories, and "
+        "under the same one without them. A guard that ignores its policy gets a flip rate of 0.",
+        "",
+        row(["Policy", "Items", "Unsafe with them", "Safe without them", "Both: flip rate"]),
+        "|---" * 5 + "|",
+        flips(folder, "`rsafe-18`"),
+        flips(folder, "their categories of `rsafe-18` and three others", "--others", "3"),
         "",
         f"{time.strftime('%Y-%m-%d')}, {machine()['cores']} core(s) ({machine()['cpu']}), version "
         f"{machine()['versions']['rsafe-plugins']}; 95% bootstrap intervals in parentheses.",

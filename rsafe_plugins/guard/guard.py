@@ -528,14 +528,15 @@ class Guard:
         """
         asked = [await opinion._begin(check.content, check.policy) for check in checks]
         await opinion._decide(asked)
+        # The category that came nearest lies under its threshold by as much as the score then does.
+        scale = self.operating_point.threshold / opinion.operating_point.threshold
         for check, one in zip(checks, asked, strict=True):
             check.usage += one.usage
-            check.conclusion = one.conclusion if one.error is None else ""
-            if one.error is None and one.label == "safe" and one.score is not None:
-                met = opinion.operating_point.threshold
-                # Under the threshold by as much as the category that came nearest was.
-                nearest = self.operating_point.threshold * one.score / met
-                check.label, check.score = "safe", min(check.score or 0.0, nearest)
+            if one.error is not None or one.score is None:
+                continue
+            check.conclusion = one.conclusion
+            if one.label == "safe":
+                check.label, check.score = "safe", min(check.score or 0.0, scale * one.score)
 
     async def _name_categories(self, checks: Sequence[_Check]) -> None:
         """What a bare unsafe verdict is for. It explains a block and can't lift it."""
