@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,14 +66,13 @@ class Questions:
     questions: tuple[Question, ...]
 
 
-class MixedEncoder(BatchEncoder):
-    """Encodes both kinds of batches: examples that share a policy, and contents with their questions."""
+class MixedEncoder(Encoder):
+    """Encodes examples that share a policy, and contents with their questions too."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, prompt: GuardPrompt, settings: WarmStartSettings
     ) -> None:
         super().__init__(tokenizer, prompt, settings)
-        self._whole = Encoder(tokenizer, prompt, settings)
         self._by_category = CategoryEncoder(tokenizer, RSafeByCategory().prompt, settings)
 
     def encode(
@@ -81,7 +81,7 @@ class MixedEncoder(BatchEncoder):
         """The ids that all begin with, then a sequence each; without a policy it is questions that are encoded."""
         if variant is None:
             return self._by_category.encode(variant, examples)
-        return self._whole.encode(variant, examples)
+        return super().encode(variant, examples)
 
 
 class CategoryEncoder(BatchEncoder):
@@ -155,8 +155,10 @@ class Asker:
         others = self._others(own, chance)
         if item.unsafe:
             asked = _asked(others, "safe", 1.0, chance) + _asked(own[:1], "unsafe", 1.0, chance)
-        else:
-            asked = _asked(others, "safe", 0.5 if own else 1.0, chance) + _asked(own[:1], "safe", 0.5, chance)
+            return Questions(item.content(), tuple(asked))
+        nearest = [one for one in own[:1] if one in self._met]
+        others = others or self._others((), chance)
+        asked = _asked(others, "safe", 0.5 if nearest else 1.0, chance) + _asked(nearest, "safe", 0.5, chance)
         return Questions(item.content(), tuple(asked))
 
     def _own(self, item: LabelledItem) -> tuple[str, ...]:
@@ -209,20 +211,15 @@ def category_batches(
 
 
 def mixed(first: Iterator[Any], second: Iterator[Any], share: float, seed: int) -> Iterator[Any]:
-    """All of both, each in its order.
+    """Draws from two sources until one that is to be drawn from has nothing left.
 
     Args:
         first: Where one comes from otherwise.
-        second: Where the next one comes from with the probability `share`, while there are some.
+        second: Where the next one comes from with the probability `share`.
         share: 0 to 1.
         seed: The same seed gives the same order.
     """
     chance = random.Random(seed)
-    missing = object()
-    while True:
-        chosen, other = (second, first) if chance.random() < share else (first, second)
-        drawn = next(chosen, missing)
-        if drawn is missing:
-            yield from other
-            return
-        yield drawn
+    with suppress(StopIteration):
+        while True:
+            yield next(second if chance.random() < share else first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -240,31 +241,28 @@ def _warm_start(job: _Job, recipe: str | None, options: dict[str, Any]) -> dict[
     from rsafe_plugins.guard.prompt import GuardPrompt
 
     base = settings.base or str(embedded_weights())
-    prompt, asked = GuardPrompt(job.template), RSafeByCategory().prompt
-    run = {**job.record(), "template_by_category": asked.digest}
-    stage = WarmStart(base, prompt, settings, job.out, run, job.adapter, MixedEncoder)
+    run = {**job.record(), "template_by_category": RSafeByCategory().prompt.digest}
+    stage = WarmStart(base, GuardPrompt(job.template), settings, job.out, run, job.adapter, MixedEncoder)
     if stage.rank == 0:
         job.write_held_out(data)
     categorizer = Categorizer([*data.items, *data.unused], category_ids)
-    drawn: Iterator[tuple[Any, Sequence[Any]]] = iter(())
-    total = 0
-    if share < 1:
-        total += len(data.items)
-        drawn = batches(
-            data.items,
-            settings.batch,
-            settings.seed,
-            categorizer,
-            policies=settings.policies,
-            thoughts=settings.thoughts,
-        )
+    drawn: Iterator[tuple[Any, Sequence[Any]]] = batches(
+        data.items,
+        settings.batch,
+        settings.seed,
+        categorizer,
+        policies=settings.policies,
+        thoughts=settings.thoughts,
+    )
+    most = float(len(data.items))
     if share > 0:
         asker = Asker(data.items, categorizer)
         items = asker.answerable(data.items)
-        total += len(items)
-        by_category = category_batches(items, settings.batch, settings.seed, asker)
-        drawn = mixed(drawn, by_category, share, settings.seed)
-    total = min(total, settings.items or total)
+        asked = category_batches(items, settings.batch, settings.seed, asker)
+        drawn = mixed(drawn, asked, share, settings.seed)
+        # It ends where one of the two does.
+        most = min(len(items) / share, most / (1 - share) if share < 1 else math.inf)
+    total = int(min(math.ceil(most), settings.items or math.inf))
     with _progress(shown=stage.rank == 0) as progress:
         bar = progress.add_task(_WARM_START, total=total, figure="")
         stage.train(

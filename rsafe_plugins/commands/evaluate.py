@@ -333,19 +333,14 @@ def _fit(
         )
     items = [item for part in sets.values() for item in part]
 
-    def guards(**changed: Any) -> dict[bool, Guard]:
-        # The threshold of categories is fitted on what comes before it.
-        return _guards(policy, document_policy, **{**settings, "category_threshold": 0.0, **changed})
-
-    modes = {"never": guards(reasoning="never")}
+    if settings["category_threshold"] is not None:
+        raise click.UsageError("--fit fits the threshold of categories too; leave --category-threshold out.")
+    settings = {**settings, "category_threshold": 0.0}  # what is found unsafe is asked about below
+    modes = {"never": _guards(policy, document_policy, **{**settings, "reasoning": "never"})}
     if settings["reasoning"] is None and modes["never"][False].dialect.thought is not None:
-        modes["always"] = guards(reasoning="always")
-    by_category = modes["never"][False].dialect.by_category
-    if categories and by_category is None:
-        raise click.UsageError(
-            f"--fit-categories: a guard of the dialect {modes['never'][False].dialect.name} isn't asked category by "
-            "category."
-        )
+        modes["always"] = _guards(policy, document_policy, **{**settings, "reasoning": "always"})
+    # From 0 on every category is met, and the score is that of the one which is met most.
+    opinion = modes["never"][False].by_category(0.0) if categories else None
     with _progress() as progress:
         judged = [_judge(progress, mode, items, mine, verdicts) for mode, mine in modes.items()]
         bare, thought = judged[0], judged[-1]
@@ -362,13 +357,12 @@ def _fit(
             line = {"policy": guard.policy.name, "items": len(mine), **asdict(fitted)}
             found = [n for n in mine if items[n].unsafe and (bare[n].score or 0.0) >= fitted.threshold]
             asked = [items[n] for n in found if items[n].task != "document"]
-            if categories and asked:
-                opinions = guards(reasoning="never", dialect=by_category)
-                seen = _judge(progress, "categories", asked, opinions, verdicts)
+            if opinion is not None and asked:
+                seen = _judge(progress, "categories", asked, {False: opinion}, verdicts)
                 met = fit_categories([one.score for one in seen if one.score is not None])
                 point = point.model_copy(update={"category_threshold": met})
                 line["category_threshold"] = met
-            points[guard.policy.name] = point
+            points.setdefault(guard.policy.name, point)
             lines.append(line)
     if not points:
         raise DataError(
@@ -385,10 +379,14 @@ def _fit(
                 f"{line['adaptive']:.3f}, always {line['always']:.3f}; adaptive generates "
                 f"{line['token_share']:.0%} of the tokens of always."
             )
-            if "category_threshold" in line:
+            if line.get("category_threshold"):
                 common.console().print(
                     f"{line['policy']}: a category is met from {line['category_threshold']} on."
                 )
+    if opinion is not None and not any(point.category_threshold for point in points.values()):
+        common.console(stderr=True).print(
+            "No category was met by what was found unsafe: none is asked about."
+        )
     return 0
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from rsafe_plugins.errors import DataError
 from rsafe_plugins.evaluation.items import LabelledItem
 from rsafe_plugins.guard import Guard, Verdict
+from rsafe_plugins.guard.guard import CONFIRMED
 
 
 def sample(items: Sequence[LabelledItem], limit: int | None, seed: int = 0) -> list[LabelledItem]:
@@ -53,7 +54,10 @@ def judge(
         part = [row for row in waiting[:batch] if row[2] is guard]
         verdicts = guard.check_many(item.content() for _, item, _ in part)
         fresh = {key: verdict for (key, _, _), verdict in zip(part, verdicts, strict=True)}
-        _append(store, fresh)
+        judged = zip(part, verdicts, strict=True)
+        _append(
+            store, {key: verdict for (key, item, _), verdict in judged if _is_whole(verdict, item, guard)}
+        )
         known.update(fresh)
         waiting = [row for row in waiting if row[0] not in fresh]
     on_progress(len(items))
@@ -79,7 +83,9 @@ def _key(item: LabelledItem, guard: Guard, engine: str) -> str:
     chat = (dialect.name, dialect.digest, guard.policy.digest, dialect.messages(guard.policy, content))
     asked = hashlib.blake2b(repr(chat).encode("utf-8"), digest_size=12).hexdigest()
     how = f"{engine}/{settings.reasoning}/{point.threshold}/{point.band}"
-    if point.category_threshold:
+    if opinion := guard.second_opinion():
+        second = opinion.dialect.messages(guard.policy, content)
+        asked = hashlib.blake2b(repr((chat, second)).encode("utf-8"), digest_size=12).hexdigest()
         how += f"/{point.category_threshold}"
     unnamed = "" if settings.name_categories else "/unnamed"
     return f"{asked}/{how}/{settings.max_reasoning_tokens}{unnamed}"
@@ -105,12 +111,19 @@ def _stored(store: Path | None) -> dict[str, Verdict]:
     return known
 
 
+def _is_whole(verdict: Verdict, item: LabelledItem, guard: Guard) -> bool:
+    """Whether nothing failed; otherwise the next run judges it again."""
+    if verdict.label is None:
+        return False
+    # What stays unsafe when it is asked about category by category meets one, or the question failed.
+    asked = guard.confirms and verdict.reasoning is None and item.content().kind in CONFIRMED
+    return not asked or verdict.label == "safe" or bool(verdict.categories)
+
+
 def _append(store: Path | None, fresh: Mapping[str, Verdict]) -> None:
     if store is None:
         return
     store.parent.mkdir(parents=True, exist_ok=True)
     with store.open("a", encoding="utf-8") as file:
         for key, verdict in fresh.items():
-            # A failed check is judged again by the next run.
-            if verdict.label is not None:
-                file.write(json.dumps({"key": key, "verdict": verdict.model_dump(mode="json")}) + "\n")
+            file.write(json.dumps({"key": key, "verdict": verdict.model_dump(mode="json")}) + "\n")

@@ -46,8 +46,8 @@ _START_SECONDS = 900.0
 # From so many characters on a content takes milliseconds to be made a prompt.
 _LARGE = 50_000
 
-# What a guard is trained to be asked about category by category.
-_CONFIRMED = ("prompt", "response")
+CONFIRMED = ("prompt", "response")
+"""The kinds of content that are asked about category by category once they are found unsafe."""
 
 _FORGOTTEN = Content.prompt("")
 
@@ -67,6 +67,12 @@ class _Check:
     error: RSafeError | None = None
     usage: Usage = field(default_factory=Usage)
     part: Span | None = None
+    whole: bool = True
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing failed."""
+        return self.error is None and self.whole
 
     def forget(self) -> None:
         """Drops what was judged, so that a verdict that is kept doesn't keep it."""
@@ -82,6 +88,7 @@ class _Check:
         self.label, self.score, self.error = worst.label, worst.score, worst.error
         self.part = worst.part or self.part
         self.thought, self.conclusion = worst.thought, worst.conclusion
+        self.whole = all(part.whole for part in parts)
         self.usage = sum((part.usage for part in parts), self.usage)
 
 
@@ -183,20 +190,35 @@ class Guard:
             raise SettingsError(
                 f"A guard of the dialect {self.dialect.name} doesn't think: set reasoning to never or adaptive."
             )
-        self._flights = Flights(self._judge, settings.cache, lambda check: check.error is None, self._late)
+        self._flights = Flights(self._judge, settings.cache, lambda check: check.complete, self._late)
         self._joiner = Joiner(self._complete, max(1, self.backend.concurrency))
-        self._by_category = self._second_opinion()
-
-    def _second_opinion(self) -> Guard | None:
-        """What asks about unsafe content category by category; None where nothing does."""
-        if self.settings.category_threshold and self.dialect.by_category is None:
-            raise SettingsError(
-                f"A guard of the dialect {self.dialect.name} isn't asked category by category after its verdict: "
-                "leave category_threshold out."
+        _ = self.operating_point  # a file that can't be read is said now, not at the first check
+        if settings.category_threshold and (
+            self.dialect.by_category is None or settings.reasoning == "always"
+        ):
+            which = (
+                f"of the dialect {self.dialect.name}"
+                if self.dialect.by_category is None
+                else "that always thinks"
             )
-        threshold = self.operating_point.category_threshold
-        if not threshold or self.dialect.by_category is None:
-            return None
+            raise SettingsError(
+                f"A guard {which} isn't asked category by category after its verdict: leave category_threshold out."
+            )
+        self._opinion: Guard | None = None
+
+    def by_category(self, threshold: float) -> Guard:
+        """A guard like this one that is asked category by category, and finds unsafe what meets one of them.
+
+        Args:
+            threshold: The probability from which a category is met, 0 to 1.
+
+        Raises:
+            SettingsError: A guard of this dialect isn't asked so.
+        """
+        if self.dialect.by_category is None:
+            raise SettingsError(
+                f"A guard of the dialect {self.dialect.name} isn't asked category by category."
+            )
         settings = {
             "policy": self.policy,
             "backend": self.backend,
@@ -209,6 +231,23 @@ class Guard:
         return Guard.from_settings(self.settings.model_copy(update=settings))
 
     @property
+    def confirms(self) -> bool:
+        """Whether what is found unsafe, prompt or response, is asked about category by category."""
+        point = self.operating_point
+        # From 0 on everything is unsafe, and nothing could be said to lie under it.
+        return self.dialect.by_category is not None and point.category_threshold > 0 and point.threshold > 0
+
+    def second_opinion(self) -> Guard | None:
+        """What asks about what is found unsafe category by category; None where nothing does."""
+        if not self.confirms:
+            return None
+        # A server may have said only now which model it is, and so what was fitted for it.
+        threshold = self.operating_point.category_threshold
+        if self._opinion is None or self._opinion.settings.threshold != threshold:
+            self._opinion = self.by_category(threshold)
+        return self._opinion
+
+    @property
     def operating_point(self) -> OperatingPoint:
         """The threshold and the band that count: those given, else those fitted for this model and policy."""
         given = self.settings.threshold
@@ -217,7 +256,7 @@ class Guard:
             low, high = point.band
             # Where thinking doesn't pay at the fitted threshold, it doesn't at another one.
             band = (low, high) if low < high else (given, given)
-            point = point.model_copy(update={"threshold": given, "band": band, "digest": ""})
+            point = point.model_copy(update={"threshold": given, "band": band})
         else:
             point = operating_point(self.backend.model, self.policy, given)
         own = {"band": self.settings.band, "category_threshold": self.settings.category_threshold}
@@ -264,6 +303,8 @@ class Guard:
     def _seconds(self, checks: int) -> float:
         """What a batch may take: the timeout of one check for each round of the engine."""
         each = len(self.policy.categories) if self.dialect.one_category else 1
+        if self.confirms:
+            each += len(self.policy.categories)
         return self.settings.timeout * math.ceil(checks * each / self.backend.concurrency)
 
     async def _judge(self, checks: list[_Check]) -> list[_Check]:
@@ -436,9 +477,10 @@ class Guard:
         if uncertain:
             await self._think(uncertain)
         bare = [check for check in checks if check.label == "unsafe" and check.thought is None]
-        if self._by_category is not None:
-            await self._confirm(self._by_category, [one for one in bare if one.content.kind in _CONFIRMED])
-            bare = [check for check in bare if check.content.kind not in _CONFIRMED]
+        opinion = self.second_opinion()
+        if opinion is not None:
+            await self._confirm(opinion, [check for check in bare if check.content.kind in CONFIRMED])
+            bare = [check for check in bare if check.content.kind not in CONFIRMED]
         await self._name_categories(bare)
 
     def _is_uncertain(self, check: _Check) -> bool:
@@ -533,6 +575,10 @@ class Guard:
         for check, one in zip(checks, asked, strict=True):
             check.usage += one.usage
             if one.error is not None or one.score is None:
+                check.whole = False
+                log.warning(
+                    "What was found unsafe couldn't be asked about category by category: %s", one.error
+                )
                 continue
             check.conclusion = one.conclusion
             if one.label == "safe":

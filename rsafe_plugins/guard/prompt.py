@@ -76,7 +76,7 @@ class GuardPrompt:
         except JinjaError as error:
             raise TemplateError(f"{self.source} is not a Jinja template: {error}.") from error
         # Bound to the instance, so that a template's cache goes when the template goes.
-        self._frame = lru_cache(maxsize=32)(self._render_frame)
+        self._frame = lru_cache(maxsize=512)(self._render_frame)
 
     @cached_property
     def digest(self) -> str:

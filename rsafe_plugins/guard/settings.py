@@ -43,7 +43,8 @@ class GuardSettings(BaseSettings):
             for the model, also beside a `threshold` of your own.
         category_threshold: What is found unsafe without a thought, prompt or response, is then asked about category by
             category, and is safe if none is met with this probability; 0 doesn't ask. None for what was fitted
-            for the model. For guards that were trained so, on engines that give probabilities.
+            for the model under its first policy, also beside a `threshold` of your own. For guards that were
+            trained so, on engines that give probabilities; with `reasoning: always` nothing is asked.
         max_reasoning_tokens: Budget of the thought, in tokens; it is closed there and the verdict scored.
         timeout: Seconds for one check. A batch has that much for each round of checks that the engine works on
             at once.
@@ -51,7 +52,8 @@ class GuardSettings(BaseSettings):
         cache: Seconds for which a verdict is kept for the same content, at most 10,000 of them; 0 keeps none.
             The same content checked twice at once is judged once either way.
         name_categories: Whether what is blocked without a thought gets a second, short request that names the
-            categories. Without it such verdicts name none, and what is blocked costs no more than what passes.
+            categories. Without it such verdicts name none, and what is blocked costs no more than what passes, unless
+            it is asked about category by category.
         policy_tokens: What the policy may take of the prompt, about, in tokens. A longer one loses as many of its
             examples as that takes, which is logged; nothing else of it is ever cut.
         dialect: How the guard model is asked and answers: a name such as `llama-guard`, or a dialect file's path.

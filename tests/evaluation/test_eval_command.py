@@ -103,6 +103,12 @@ def test_fitting_without_thoughts_judges_once_and_never_thinks(
     assert "leave --reasoning out" in capsys.readouterr().err
 
 
+def _template(folder: Path) -> Path:
+    path = folder / "mine.jinja"
+    path.write_text("{% for c in categories %}{{ c.id }}{% endfor %} {{ conversation }}")
+    return path
+
+
 def test_fitting_categories_writes_from_when_one_is_met(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,6 +132,9 @@ def test_fitting_categories_writes_from_when_one_is_met(
     assert "a category is met from 0.6 on" in " ".join(capsys.readouterr().out.split())
     assert main(["eval", str(data), "--fit-categories"]) == 2
     assert "--fit-categories is for --fit" in capsys.readouterr().err
+    assert main([*command, "--category-threshold", "0.3"]) == 2
+    assert "leave --category-threshold out" in capsys.readouterr().err
+    assert main([*command, "--template", str(_template(tmp_path))]) == 0
     assert main([*command, "--dialect", "llama-guard"]) == 2
     assert "isn't asked category by category" in " ".join(capsys.readouterr().err.split())
 

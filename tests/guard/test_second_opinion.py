@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rsafe_plugins import BackendError, Category, Content, Guard, Policy, SettingsError
-from rsafe_plugins.backends import Completion, Request
+from rsafe_plugins.backends import Completion, Request, Usage
 from rsafe_plugins.errors import InputTooLong
+from rsafe_plugins.evaluation.items import LabelledItem
+from rsafe_plugins.evaluation.run import judge
 from rsafe_plugins.guard.fitted import OperatingPoint, write
 from rsafe_plugins.testing import ScriptedBackend
 
@@ -129,7 +132,8 @@ def test_only_prompts_and_responses_are_asked_about_again(content: Content) -> N
 
 def test_a_verdict_after_a_thought_is_not_asked_about_again() -> None:
     backend = engine()
-    assert guard(backend, reasoning="always").check("x").blocked
+    verdict = guard(backend, reasoning="adaptive", band=(0.0, 1.0)).check("x")
+    assert (verdict.blocked, verdict.reasoning) == (True, "a thought")
     assert not any(map(is_second, backend.requests))
 
 
@@ -138,14 +142,96 @@ def test_the_fitted_threshold_counts_unless_another_is_given(tmp_path: Path) -> 
     write(file, "scripted", {"house": OperatingPoint(threshold=0.4, category_threshold=0.5)})
     fitted = Guard(POLICY, backend=engine(), reasoning="never", threshold=file)
     assert not fitted.check("x").blocked
-    for given in (0, 0.1):
-        own = Guard(POLICY, backend=engine(), reasoning="never", threshold=file, category_threshold=given)
+    for given, requests in ((0, 0), (0.1, 2)):
+        backend = engine()
+        own = Guard(POLICY, backend=backend, reasoning="never", threshold=file, category_threshold=given)
         assert own.check("x").blocked
+        assert sum(map(is_second, backend.requests)) == requests
 
 
 def test_a_guard_that_can_not_be_asked_so_says_it() -> None:
     with pytest.raises(SettingsError, match="dialect llama-guard isn't asked category by category"):
         guard(engine(), dialect="llama-guard")
+    with pytest.raises(SettingsError, match="always thinks isn't asked category by category"):
+        guard(engine(), reasoning="always")
+
+
+def test_a_threshold_of_zero_blocks_everything_and_nothing_is_asked() -> None:
+    backend = engine()
+    assert guard(backend, threshold=0.0).check("x").blocked
+    assert not any(map(is_second, backend.requests))
+
+
+def test_a_model_that_is_known_late_is_asked_by_what_was_fitted_for_it(tmp_path: Path) -> None:
+    class Late(ScriptedBackend):
+        async def prepare(self) -> None:
+            self.model = "served"
+
+    file = tmp_path / "fitted.yaml"
+    write(file, "served", {"house": OperatingPoint(threshold=0.4, category_threshold=0.5)})
+    backend = Late(candidates=engine()._candidates)
+    assert not Guard(POLICY, backend=backend, reasoning="never", threshold=file).check("x").blocked
+
+
+def test_the_second_question_has_a_time_of_its_own() -> None:
+    class Slow(ScriptedBackend):
+        depth_first, concurrency = True, 1
+
+        async def complete(self, requests: list[Request]) -> list[Completion | BackendError]:  # type: ignore[override]
+            await asyncio.sleep(0.05 * len(requests))
+            return await super().complete(requests)
+
+    def candidates(request: Request) -> dict[str, float]:
+        probability = float("harm" in request.messages[-1].content) if is_second(request) else 1.0
+        return {"safe": 1 - probability, "unsafe": probability}
+
+    texts = [*(f"mild {n}" for n in range(8)), "harm"]
+    verdicts = guard(Slow(candidates=candidates), timeout=0.1, on_error="allow").check_many(texts)
+    assert [verdict.label for verdict in verdicts] == ["safe"] * 8 + ["unsafe"]
+
+
+class Recovering(ScriptedBackend):
+    """An engine that fails the second question until it is told that it is well."""
+
+    well = False
+
+    async def complete(self, requests: list[Request]) -> list[Completion | BackendError]:  # type: ignore[override]
+        if is_second(requests[0]) and not self.well:
+            return [BackendError("down")] * len(requests)
+        return await super().complete(requests)
+
+
+def test_what_stayed_unsafe_for_a_failure_is_logged_and_not_kept(caplog: pytest.LogCaptureFixture) -> None:
+    backend = Recovering(candidates=engine()._candidates)
+    asked = guard(backend, cache=3600)
+    assert asked.check("x").blocked
+    assert "couldn't be asked about category by category: down" in caplog.text
+    backend.well = True
+    assert not asked.check("x").blocked
+    count = len(backend.requests)
+    assert not asked.check("x").blocked
+    assert len(backend.requests) == count
+
+
+def test_what_stayed_unsafe_for_a_failure_is_judged_again_by_the_next_run(tmp_path: Path) -> None:
+    backend, store = Recovering(candidates=engine()._candidates), tmp_path / "verdicts.jsonl"
+    items = [LabelledItem(id="1", task="prompt", prompt="x", label="safe")]
+    assert judge(items, lambda item: guard(backend), store)[0].blocked
+    backend.well = True
+    assert not judge(items, lambda item: guard(backend), store)[0].blocked
+    backend.well = False
+    assert not judge(items, lambda item: guard(backend), store)[0].blocked
+    # Another threshold of categories is another verdict.
+    assert judge(items, lambda item: guard(backend, category_threshold=0.1), store)[0].blocked
+
+
+def test_the_tokens_of_both_questions_are_counted() -> None:
+    class Counting(ScriptedBackend):
+        async def complete(self, requests: list[Request]) -> list[Completion | BackendError]:  # type: ignore[override]
+            completions = await super().complete(requests)
+            return [replace(one, usage=Usage(10)) for one in completions if isinstance(one, Completion)]
+
+    assert guard(Counting(candidates=engine()._candidates)).check("x").usage.prompt_tokens == 30
 
 
 def test_a_text_in_parts_is_asked_about_part_by_part() -> None:
