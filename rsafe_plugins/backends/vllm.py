@@ -215,6 +215,8 @@ class _Running:
                 for task in tasks:
                     task.cancel()
                 self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            # What ended in the loop's last turn was no task any more, but who asked for it isn't told yet.
+            self._loop.run_until_complete(asyncio.sleep(0))
         finally:
             self._loop.close()
 

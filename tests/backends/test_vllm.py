@@ -165,6 +165,23 @@ async def test_requests_under_way_end_when_the_backend_is_closed(engines: list[E
     assert not threads()
 
 
+async def test_a_request_that_ends_in_the_loops_last_turn_is_answered(engines: list[Engine]) -> None:
+    backend = VLLMBackend("m")
+    await backend.start()
+    running = backend._running
+    assert running is not None
+    asked: list[asyncio.Future[object]] = []
+
+    def close_between_a_request_and_its_first_step() -> None:
+        asked.append(asyncio.run_coroutine_threadsafe(running._answer(ask("hang")), running._loop))
+        running._loop.call_soon(running._end_loop)
+
+    running._loop.call_soon_threadsafe(close_between_a_request_and_its_first_step)
+    await asyncio.to_thread(running._thread.join)
+    answer = await asyncio.wait_for(asyncio.wrap_future(asked[0]), 10)
+    assert isinstance(answer, BackendUnavailable)
+
+
 @pytest.mark.parametrize("error", [RuntimeError("no"), SystemExit(), KeyboardInterrupt()])
 async def test_a_start_that_fails_leaves_no_engine_and_no_thread(
     engines: list[Engine], monkeypatch: pytest.MonkeyPatch, error: BaseException
