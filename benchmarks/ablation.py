@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.record import FOLDER, machine
-from benchmarks.training import align, evaluated, training_files
+from benchmarks.training import SMALL_POLICIES, align, evaluated, flips, training_files
 
 OUT = FOLDER.with_name("ablation")
 ONE_POLICY = ("--set", "policies.whole=1", "--set", "policies.names=0", "--set", "policies.reworded=0")
@@ -72,8 +72,8 @@ VARIANTS = (
     ),
 )
 SETS = {"toxicchat": 200, "openai_moderation": 200, "beavertails_test": 200, "harmbench_responses": 200}
-ADHERENCE = ("beavertails_test", "beavertails", 100)
-POLICIES = {"Flip rate": (), "with three others": ("--others", "3")}
+ADHERENCE = 100
+POLICIES = {"Flip rate": (), "with three others": SMALL_POLICIES}
 
 
 def train(variant: Variant, data: Path, items: int, steps: int) -> None:
@@ -101,21 +101,20 @@ def trained(data: Path, items: int, steps: int) -> None:
 def measured(variant: Variant, sets: Path) -> list[str]:
     """The cells of its row: on each set the area under the ROC curve and F1, and the flip rates."""
     folder = OUT / variant.name
-    bare = ("--backend", f"embedded:{folder / 'guard-adapter.gguf'}", *variant.asked, "--reasoning", "never")
-    bare = (*bare, "--verdicts", str(folder / "verdicts.jsonl"))
-    fitted = folder / "fitted.yaml"
+    adapter, store, fitted = (
+        folder / name for name in ("guard-adapter.gguf", "verdicts.jsonl", "fitted.yaml")
+    )
+    asked = ("--backend", f"embedded:{adapter}", "--reasoning", "never", "--verdicts", store, *variant.asked)
     if not fitted.exists():
-        share = ("--unsafe-share", "0.5")
-        evaluated(folder / "held-out.jsonl", *bare, *share, "--fit", fitted, *variant.fitted)
-    bare = (*bare, "--threshold", str(fitted))
+        options = ("--fit", fitted, "--unsafe-share", "0.5", *variant.fitted)
+        evaluated(folder / "held-out.jsonl", *asked, *options)
+    asked = (*asked, "--threshold", fitted)
     cells = []
     for name, limit in SETS.items():
-        (result,) = evaluated(sets / f"{name}.jsonl", *bare, "--limit", str(limit))
+        (result,) = evaluated(sets / f"{name}.jsonl", *asked, "--limit", str(limit))
         cells.append(f"{result['auroc']:.2f}, {result['f1']:.2f}")
-    name, taxonomy, limit = ADHERENCE
-    for options in POLICIES.values():
-        options = ("--limit", str(limit), "--adherence", taxonomy, *options)
-        total = evaluated(sets / f"{name}.jsonl", *bare, *options)[-1]
+    for policies in POLICIES.values():
+        total = flips(sets, ADHERENCE, *asked, *policies)
         cells.append(f"{total['flip_rate']:.2f} of {total['items']}")
     return cells
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import FOLDER, machine
-from benchmarks.training import evaluated
+from benchmarks.training import SMALL_POLICIES, evaluated, flips
 
 CARD = Path(__file__).parents[1] / "docs" / "model-card.md"
 BEGIN, END = "<!-- figures: make eval -->", "<!-- end of figures -->"
@@ -38,7 +38,7 @@ COLUMNS = {
     "auprc": "AUPRC",
 }
 THOUGHTS = 20  # items a set that are judged after a thought, too, which takes ten times as long
-ADHERENCE = ("beavertails_test", "beavertails", 120)
+ADHERENCE = 120  # items that are drawn to see whether it follows its policy; the unsafe ones are judged
 
 
 SHIPPED = ("--backend", "embedded", "--verdicts", FOLDER.with_name("eval") / "verdicts.jsonl")
@@ -68,11 +68,9 @@ def table(folder: Path, most: int, *options: str) -> list[str]:
     return lines
 
 
-def flips(folder: Path, policies: str, *options: str) -> str:
+def adherence(folder: Path, policies: str, *options: str) -> str:
     """The row of those policies."""
-    name, taxonomy, limit = ADHERENCE
-    asked = (*SHIPPED, "--limit", str(limit), "--adherence", taxonomy, *options)
-    total = evaluated(folder / f"{name}.jsonl", *asked)[-1]
+    total = flips(folder, ADHERENCE, *SHIPPED, *options)
     counts = [total[name] for name in ("items", "unsafe_with", "safe_without")]
     return row([policies, *counts, f"{total['flip_rate']:.2f}"])
 
@@ -89,8 +87,8 @@ def figures(folder: Path) -> str:
         "",
         row(["Policy", "Items", "Unsafe with them", "Safe without them", "Both: flip rate"]),
         "|---" * 5 + "|",
-        flips(folder, "`rsafe-18`"),
-        flips(folder, "their categories of `rsafe-18` and three others", "--others", "3"),
+        adherence(folder, "`rsafe-18`"),
+        adherence(folder, "their categories of `rsafe-18` and three others", *SMALL_POLICIES),
         "",
         f"{time.strftime('%Y-%m-%d')}, {machine()['cores']} core(s) ({machine()['cpu']}), version "
         f"{machine()['versions']['rsafe-plugins']}; 95% bootstrap intervals in parentheses.",

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 _CLI = "rsafe_plugins.cli"
+SMALL_POLICIES = ("--others", "3")
+"""Options with which `flips` judges by small policies."""
 
 
 def training_files(folder: Path, *, hatecheck: int = 1400, gptfuzz: int = 1200) -> list[str]:
@@ -50,6 +52,12 @@ def align(stage: str, files: Iterable[str], out: Path, *options: str, processes:
             env={"OMP_NUM_THREADS": "1", **os.environ} if processes > 1 else None,
         )
     return out / "adapter"
+
+
+def flips(sets: Path, limit: int, *options: str | Path) -> dict[str, Any]:
+    """Whether a guard follows its policy, on so many items of BeaverTails: what `--adherence` says of them together."""
+    name, taxonomy = "beavertails_test.jsonl", "beavertails"
+    return evaluated(sets / name, "--limit", str(limit), "--adherence", taxonomy, *options)[-1]
 
 
 def evaluated(*arguments: str | Path) -> list[dict[str, Any]]:

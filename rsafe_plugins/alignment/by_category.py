@@ -171,9 +171,9 @@ class Asker:
         return ids
 
     def _others(self, own: Sequence[str], chance: random.Random) -> list[str]:
-        """Some that it doesn't touch, each the likelier the more often it is met."""
-        places = {one: chance.random() ** (1 / count) for one, count in self._met.items() if one not in own}
-        return sorted(places, key=lambda one: -places[one])[:_OTHERS]
+        """Some that it doesn't touch, each the likelier the more often it is met (Efraimidis and Spirakis, 2006)."""
+        keys = {one: chance.random() ** (1 / count) for one, count in self._met.items() if one not in own}
+        return sorted(keys, key=lambda one: -keys[one])[:_OTHERS]
 
 
 def _about_injection(item: LabelledItem) -> Questions:

@@ -331,10 +331,9 @@ def _fit(
         raise click.UsageError(
             "--fit judges both ways, or with --reasoning never only without a thought; leave --reasoning out."
         )
-    items = [item for part in sets.values() for item in part]
-
     if settings["category_threshold"] is not None:
         raise click.UsageError("--fit fits the threshold of categories too; leave --category-threshold out.")
+    items = [item for part in sets.values() for item in part]
     settings = {**settings, "category_threshold": 0.0}  # what is found unsafe is asked about below
     modes = {"never": _guards(policy, document_policy, **{**settings, "reasoning": "never"})}
     if settings["reasoning"] is None and modes["never"][False].dialect.thought is not None:
@@ -355,8 +354,13 @@ def _fit(
                 continue
             point = OperatingPoint(threshold=fitted.threshold, band=fitted.band, digest=guard.policy.digest)
             line = {"policy": guard.policy.name, "items": len(mine), **asdict(fitted)}
-            found = [n for n in mine if items[n].unsafe and (bare[n].score or 0.0) >= fitted.threshold]
-            asked = [items[n] for n in found if items[n].task != "document"]
+            asked = [
+                items[n]
+                for n in mine
+                if items[n].unsafe
+                and items[n].task != "document"
+                and (bare[n].score or 0.0) >= fitted.threshold
+            ]
             if opinion is not None and asked:
                 seen = _judge(progress, "categories", asked, {False: opinion}, verdicts)
                 met = fit_categories([one.score for one in seen if one.score is not None])
@@ -408,9 +412,9 @@ def _adherence(
             taxonomy,
             whole,
             lambda one: common.make_guard(policy=one, on_error="block", **settings),
-            others,
             verdicts,
             on_progress=lambda done: progress.update(bar, completed=done),
+            others=others,
         )
     if as_json:
         for row in rows:

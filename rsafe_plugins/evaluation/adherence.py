@@ -46,9 +46,10 @@ def adherence(
     taxonomy: str,
     policy: Policy,
     guard_of: Callable[[Policy], Guard],
-    others: int | None = None,
     store: Path | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
+    *,
+    others: int | None = None,
 ) -> list[Adherence]:
     """Judges each item twice, under a policy with and under the same without the item's categories.
 
@@ -57,10 +58,10 @@ def adherence(
         taxonomy: Whose categories they are labelled with, one of `taxonomy_names()`.
         policy: A policy that is itself a taxonomy of the table, such as `rsafe-18`.
         guard_of: The guard for a policy.
-        others: How many categories beside the item's own the policies have; None for all. Fewer are drawn anew for
-            each set of own categories, always the same ones.
         store: A file for the verdicts, as `judge` takes it.
         on_progress: Called with the number of verdicts that are there.
+        others: How many categories beside the item's own the policies have; None for all. Fewer are drawn anew for
+            each set of own categories, always the same ones.
 
     Returns:
         For each category, in the policy's order, then for all items together.

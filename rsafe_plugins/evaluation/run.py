@@ -116,7 +116,9 @@ def _is_whole(verdict: Verdict, item: LabelledItem, guard: Guard) -> bool:
     if verdict.label is None:
         return False
     # What stays unsafe when it is asked about category by category meets one, or the question failed.
-    asked = guard.confirms and verdict.reasoning is None and item.content().kind in CONFIRMED
+    asked = (
+        guard.second_opinion() is not None and verdict.reasoning is None and item.content().kind in CONFIRMED
+    )
     return not asked or verdict.label == "safe" or bool(verdict.categories)
 
 

@@ -67,12 +67,7 @@ class _Check:
     error: RSafeError | None = None
     usage: Usage = field(default_factory=Usage)
     part: Span | None = None
-    whole: bool = True
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing failed."""
-        return self.error is None and self.whole
+    unconfirmed: bool = False
 
     def forget(self) -> None:
         """Drops what was judged, so that a verdict that is kept doesn't keep it."""
@@ -88,7 +83,7 @@ class _Check:
         self.label, self.score, self.error = worst.label, worst.score, worst.error
         self.part = worst.part or self.part
         self.thought, self.conclusion = worst.thought, worst.conclusion
-        self.whole = all(part.whole for part in parts)
+        self.unconfirmed = any(part.unconfirmed for part in parts)
         self.usage = sum((part.usage for part in parts), self.usage)
 
 
@@ -190,21 +185,22 @@ class Guard:
             raise SettingsError(
                 f"A guard of the dialect {self.dialect.name} doesn't think: set reasoning to never or adaptive."
             )
-        self._flights = Flights(self._judge, settings.cache, lambda check: check.complete, self._late)
+        self._flights = Flights(
+            self._judge,
+            settings.cache,
+            lambda check: check.error is None and not check.unconfirmed,
+            self._late,
+        )
         self._joiner = Joiner(self._complete, max(1, self.backend.concurrency))
         _ = self.operating_point  # a file that can't be read is said now, not at the first check
-        if settings.category_threshold and (
-            self.dialect.by_category is None or settings.reasoning == "always"
-        ):
-            which = (
-                f"of the dialect {self.dialect.name}"
-                if self.dialect.by_category is None
-                else "that always thinks"
-            )
-            raise SettingsError(
-                f"A guard {which} isn't asked category by category after its verdict: leave category_threshold out."
-            )
         self._opinion: Guard | None = None
+        if settings.category_threshold and settings.reasoning == "always":
+            raise SettingsError(
+                "A guard that always thinks isn't asked category by category after its verdict: leave "
+                "category_threshold out."
+            )
+        if settings.category_threshold:
+            self._opinion = self.by_category(settings.category_threshold)
 
     def by_category(self, threshold: float) -> Guard:
         """A guard like this one that is asked category by category, and finds unsafe what meets one of them.
@@ -217,7 +213,8 @@ class Guard:
         """
         if self.dialect.by_category is None:
             raise SettingsError(
-                f"A guard of the dialect {self.dialect.name} isn't asked category by category."
+                f"A guard of the dialect {self.dialect.name} isn't asked category by category: leave "
+                "category_threshold and --fit-categories out."
             )
         settings = {
             "policy": self.policy,
@@ -230,21 +227,15 @@ class Guard:
         }
         return Guard.from_settings(self.settings.model_copy(update=settings))
 
-    @property
-    def confirms(self) -> bool:
-        """Whether what is found unsafe, prompt or response, is asked about category by category."""
+    def second_opinion(self) -> Guard | None:
+        """What asks about prompts and responses category by category that are found unsafe; None where nothing does."""
+        # A server may have said only now which model it is, and so what was fitted for it.
         point = self.operating_point
         # From 0 on everything is unsafe, and nothing could be said to lie under it.
-        return self.dialect.by_category is not None and point.category_threshold > 0 and point.threshold > 0
-
-    def second_opinion(self) -> Guard | None:
-        """What asks about what is found unsafe category by category; None where nothing does."""
-        if not self.confirms:
+        if self.dialect.by_category is None or not point.category_threshold or not point.threshold:
             return None
-        # A server may have said only now which model it is, and so what was fitted for it.
-        threshold = self.operating_point.category_threshold
-        if self._opinion is None or self._opinion.settings.threshold != threshold:
-            self._opinion = self.by_category(threshold)
+        if self._opinion is None or self._opinion.settings.threshold != point.category_threshold:
+            self._opinion = self.by_category(point.category_threshold)
         return self._opinion
 
     @property
@@ -303,7 +294,7 @@ class Guard:
     def _seconds(self, checks: int) -> float:
         """What a batch may take: the timeout of one check for each round of the engine."""
         each = len(self.policy.categories) if self.dialect.one_category else 1
-        if self.confirms:
+        if self.second_opinion() is not None:
             each += len(self.policy.categories)
         return self.settings.timeout * math.ceil(checks * each / self.backend.concurrency)
 
@@ -575,7 +566,7 @@ class Guard:
         for check, one in zip(checks, asked, strict=True):
             check.usage += one.usage
             if one.error is not None or one.score is None:
-                check.whole = False
+                check.unconfirmed = True
                 log.warning(
                     "What was found unsafe couldn't be asked about category by category: %s", one.error
                 )

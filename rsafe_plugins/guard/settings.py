@@ -43,8 +43,8 @@ class GuardSettings(BaseSettings):
             for the model, also beside a `threshold` of your own.
         category_threshold: What is found unsafe without a thought, prompt or response, is then asked about category by
             category, and is safe if none is met with this probability; 0 doesn't ask. None for what was fitted
-            for the model under its first policy, also beside a `threshold` of your own. For guards that were
-            trained so, on engines that give probabilities; with `reasoning: always` nothing is asked.
+            for the model, as with `threshold`, also beside a `threshold` of your own. For guards that were trained
+            so, on engines that give probabilities; with `reasoning: always` nothing is asked.
         max_reasoning_tokens: Budget of the thought, in tokens; it is closed there and the verdict scored.
         timeout: Seconds for one check. A batch has that much for each round of checks that the engine works on
             at once.

@@ -11,19 +11,21 @@ from rsafe_plugins import Category, Content, Policy
 from rsafe_plugins.alignment.by_category import (
     Asker,
     CategoryEncoder,
+    MixedEncoder,
     Question,
     Questions,
     category_batches,
     mixed,
 )
 from rsafe_plugins.alignment.categorize import Categorizer
-from rsafe_plugins.alignment.examples import category_ids, wordings_of
+from rsafe_plugins.alignment.examples import Example, PolicyVariant, category_ids, wordings_of
 from rsafe_plugins.alignment.recipe import WarmStartSettings
-from rsafe_plugins.alignment.warm_start import WarmStart
+from rsafe_plugins.alignment.warm_start import Encoder, WarmStart
 from rsafe_plugins.cli import main
 from rsafe_plugins.errors import DataError
 from rsafe_plugins.evaluation.items import LabelledItem
 from rsafe_plugins.guard.dialects.rsafe_by_category import RSafeByCategory
+from rsafe_plugins.guard.prompt import GuardPrompt
 
 pytestmark = pytest.mark.align
 
@@ -80,6 +82,16 @@ def test_only_the_label_is_learned_and_as_much_as_its_question_weighs(
     assert warm.tokenizer.decode(tokens[start:]) == "safe}"
     assert weights[start] == 0.5
     assert sum(weights[start + 1 :]) == pytest.approx(0.5 * 0.05)
+
+
+def test_both_kinds_of_batches_are_encoded_as_each_alone(tiny_base: Path, tmp_path: Path) -> None:
+    warm = stage(tiny_base, tmp_path)
+    given = (warm.tokenizer, GuardPrompt(), warm.settings)
+    variant = PolicyVariant(Policy(name="p", categories=(THEFT, HATE)), {})
+    examples = [Example(Content.prompt(text), "safe", (), None) for text in ("how to bake", "hi there")]
+    both = MixedEncoder(*given)
+    assert both.encode(None, ASKED) == warm.encoder.encode(None, ASKED)
+    assert both.encode(variant, examples) == Encoder(*given).encode(variant, examples)
 
 
 def test_training_lowers_the_loss(tiny_base: Path, tmp_path: Path) -> None:
@@ -159,6 +171,13 @@ def test_an_unsafe_item_that_names_nothing_gets_the_category_of_its_words() -> N
     assert asks.answerable([unnamed]) == [unnamed]
     asked = asks.questions(unnamed, random.Random(0)).questions
     assert {one.category.id: one.label for one in asked} == {"U10": "unsafe", "U7": "safe"}
+
+
+def test_where_no_word_stands_in_two_texts_no_category_is_guessed() -> None:
+    known = [
+        item("unsafe", kind).model_copy(update={"prompt": kind.split()[0]}) for kind in ("Hate", "Privacy")
+    ]
+    assert Categorizer(known, category_ids).nearest(item("unsafe")) is None
 
 
 def test_data_without_any_category_is_refused() -> None:

@@ -53,7 +53,7 @@ def rows(reply: object, others: int | None = None, seen: list[Policy] | None = N
             seen.append(policy)
         return Guard(policy, backend=backend, reasoning="never")
 
-    return adherence(ITEMS, "beavertails", POLICY, guard, others)
+    return adherence(ITEMS, "beavertails", POLICY, guard, others=others)
 
 
 def test_a_guard_that_follows_its_policy_flips_with_it() -> None:

@@ -139,6 +139,20 @@ def test_fitting_categories_writes_from_when_one_is_met(
     assert "isn't asked category by category" in " ".join(capsys.readouterr().err.split())
 
 
+def test_where_the_second_question_fails_no_category_is_asked_about(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def candidates(request: Request) -> dict[str, float]:
+        return {} if "Category: " in request.messages[-1].content else probability(request)
+
+    backend = ScriptedBackend("", candidates=candidates)
+    monkeypatch.setattr(common, "make_guard", lambda **given: Guard(**{**given, "backend": backend}))
+    file = tmp_path / "fitted.yaml"
+    assert main(["eval", str(data), "--reasoning", "never", "--fit", str(file), "--fit-categories"]) == 0
+    assert "none is asked about" in " ".join(capsys.readouterr().err.split())
+    assert Guard(backend=backend, threshold=file).operating_point.category_threshold == 0
+
+
 def test_fitting_needs_both_labels(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data.write_text(data.read_text().splitlines()[0] + "\n")
     assert main(["eval", str(data), "--fit", str(tmp_path / "fitted.yaml")]) == 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,8 +26,10 @@ def is_second(request: Request) -> bool:
     return "\nCategory: " in request.messages[-1].content
 
 
-def engine(unsafe: float = 0.9, *, theft: float = 0.2, hate: float = 0.2) -> ScriptedBackend:
-    """An engine with a probability for the whole policy and one for each category."""
+def probabilities(
+    unsafe: float = 0.9, *, theft: float = 0.2, hate: float = 0.2
+) -> Callable[[Request], dict[str, float]]:
+    """One for the whole policy and one for each category."""
 
     def candidates(request: Request) -> dict[str, float]:
         of = {"Theft": theft, "Hate": hate}
@@ -33,9 +37,67 @@ def engine(unsafe: float = 0.9, *, theft: float = 0.2, hate: float = 0.2) -> Scr
         probability = of[name] if is_second(request) else unsafe
         return {"safe": 1 - probability, "unsafe": probability}
 
+    return candidates
+
+
+def engine(unsafe: float = 0.9, *, theft: float = 0.2, hate: float = 0.2) -> ScriptedBackend:
     return ScriptedBackend(
-        lambda request: "a thought" if request.prefill == "<think>" else " A", candidates=candidates
+        lambda request: "a thought" if request.prefill == "<think>" else " A",
+        candidates=probabilities(unsafe, theft=theft, hate=hate),
     )
+
+
+def words(second: Callable[[str], bool]) -> Callable[[Request], dict[str, float]]:
+    """Everything is unsafe; what meets a category, the prompt's words say."""
+
+    def candidates(request: Request) -> dict[str, float]:
+        probability = float(second(request.messages[-1].content)) if is_second(request) else 0.9
+        return {"safe": 1 - probability, "unsafe": probability}
+
+    return candidates
+
+
+Completions = list[Completion | BackendError]
+
+
+class Faulty(ScriptedBackend):
+    """An engine in which nothing meets a category, and whose second answers a fault makes, until it is well."""
+
+    def __init__(self, fault: Callable[[Completions], Awaitable[Completions]]) -> None:
+        super().__init__(candidates=probabilities())
+        self.fault, self.well = fault, False
+
+    async def complete(self, requests: Sequence[Request]) -> Completions:
+        completions = await super().complete(requests)
+        return completions if self.well or not is_second(requests[0]) else await self.fault(completions)
+
+
+async def down(completions: Completions) -> Completions:
+    return [BackendError("down")] * len(completions)
+
+
+async def partly_down(completions: Completions) -> Completions:
+    return [BackendError("down"), *completions[1:]]
+
+
+async def too_long(completions: Completions) -> Completions:
+    raise InputTooLong("long")
+
+
+async def broken(completions: Completions) -> Completions:
+    raise RuntimeError("broken")
+
+
+async def garbage(completions: Completions) -> Completions:
+    return [Completion(logprobs={"safe": -30.0, "unsafe": -30.0})] * len(completions)
+
+
+async def not_a_number(completions: Completions) -> Completions:
+    return [Completion(logprobs={"safe": math.nan, "unsafe": math.nan})] * len(completions)
+
+
+async def hanging(completions: Completions) -> Completions:
+    return await asyncio.Event().wait()  # type: ignore[return-value]
 
 
 def guard(backend: ScriptedBackend, policy: Policy = POLICY, **settings: object) -> Guard:
@@ -67,54 +129,20 @@ def test_what_is_safe_takes_one_request_and_nothing_makes_it_unsafe() -> None:
     assert len(backend.requests) == 1
 
 
-@pytest.mark.parametrize("on_error", ["block", "allow"])
-@pytest.mark.parametrize("fault", [BackendError("down"), InputTooLong("long"), RuntimeError("broken"), 0.0])
-def test_what_fails_the_second_time_stays_unsafe(fault: BaseException | float, on_error: str) -> None:
-    class Failing(ScriptedBackend):
-        async def complete(self, requests: list[Request]) -> list[Completion | BackendError]:  # type: ignore[override]
-            if not is_second(requests[0]) or isinstance(fault, float):
-                return await super().complete(requests)
-            if isinstance(fault, BackendError):
-                return [fault] * len(requests)
-            raise fault
-
-    backend = Failing(
-        candidates=lambda request: {"unsafe": 0.9 if not is_second(request) else 0.0, "safe": 0.0}
-    )
-    verdict = guard(backend, on_error=on_error).check("x")
+@pytest.mark.parametrize("on_error", ["block", "allow", "raise"])
+@pytest.mark.parametrize(
+    "fault", [down, partly_down, too_long, broken, garbage, not_a_number, hanging], ids=lambda f: f.__name__
+)
+def test_what_fails_the_second_time_stays_unsafe(
+    fault: Callable[[Completions], Awaitable[Completions]], on_error: str
+) -> None:
+    verdict = guard(Faulty(fault), on_error=on_error, timeout=0.2).check("x")
     assert (verdict.label, verdict.blocked, verdict.categories) == ("unsafe", True, ())
 
 
-def test_one_category_that_fails_keeps_it_unsafe_though_the_others_are_not_met() -> None:
-    class Partly(ScriptedBackend):
-        async def complete(self, requests: list[Request]) -> list[Completion | BackendError]:  # type: ignore[override]
-            completions = await super().complete(requests)
-            return [BackendError("down"), *completions[1:]] if is_second(requests[0]) else completions
-
-    backend = Partly(candidates=engine()._candidates)
-    assert guard(backend).check("x").blocked
-
-
-async def test_what_hangs_the_second_time_stays_unsafe() -> None:
-    class Hanging(ScriptedBackend):
-        async def complete(self, requests: list[Request]) -> list[Completion | BackendError]:  # type: ignore[override]
-            if is_second(requests[0]):
-                await asyncio.Event().wait()
-            return await super().complete(requests)
-
-    backend = Hanging(candidates=engine()._candidates)
-    (verdict,) = await guard(backend, timeout=0.2, on_error="allow").acheck_many(["x"])
-    assert (verdict.label, verdict.blocked) == ("unsafe", True)
-
-
 async def test_two_hundred_at_once_get_their_own_answers() -> None:
-    def candidates(request: Request) -> dict[str, float]:
-        text = request.messages[-1].content
-        probability = float("hateful" in text) if is_second(request) else 1.0
-        return {"safe": 1 - probability, "unsafe": probability}
-
     texts = [f"{'hateful' if n % 3 else 'mild'} text {n}" for n in range(200)]
-    asked = guard(ScriptedBackend(candidates=candidates))
+    asked = guard(ScriptedBackend(candidates=words(lambda prompt: "hateful" in prompt)))
     verdicts = await asyncio.gather(*(asked.acheck(text) for text in texts))
     assert [verdict.blocked for verdict in verdicts] == [bool(n % 3) for n in range(200)]
 
@@ -169,7 +197,7 @@ def test_a_model_that_is_known_late_is_asked_by_what_was_fitted_for_it(tmp_path:
 
     file = tmp_path / "fitted.yaml"
     write(file, "served", {"house": OperatingPoint(threshold=0.4, category_threshold=0.5)})
-    backend = Late(candidates=engine()._candidates)
+    backend = Late(candidates=probabilities())
     assert not Guard(POLICY, backend=backend, reasoning="never", threshold=file).check("x").blocked
 
 
@@ -177,32 +205,19 @@ def test_the_second_question_has_a_time_of_its_own() -> None:
     class Slow(ScriptedBackend):
         depth_first, concurrency = True, 1
 
-        async def complete(self, requests: list[Request]) -> list[Completion | BackendError]:  # type: ignore[override]
+        async def complete(self, requests: Sequence[Request]) -> Completions:
             await asyncio.sleep(0.05 * len(requests))
             return await super().complete(requests)
 
-    def candidates(request: Request) -> dict[str, float]:
-        probability = float("harm" in request.messages[-1].content) if is_second(request) else 1.0
-        return {"safe": 1 - probability, "unsafe": probability}
-
+    # 27 requests take 1.35 s, more than nine checks of one request each are given, and less than half of what these are.
+    slow = Slow(candidates=words(lambda prompt: "harm" in prompt))
     texts = [*(f"mild {n}" for n in range(8)), "harm"]
-    verdicts = guard(Slow(candidates=candidates), timeout=0.1, on_error="allow").check_many(texts)
+    verdicts = guard(slow, timeout=0.14, on_error="allow").check_many(texts)
     assert [verdict.label for verdict in verdicts] == ["safe"] * 8 + ["unsafe"]
 
 
-class Recovering(ScriptedBackend):
-    """An engine that fails the second question until it is told that it is well."""
-
-    well = False
-
-    async def complete(self, requests: list[Request]) -> list[Completion | BackendError]:  # type: ignore[override]
-        if is_second(requests[0]) and not self.well:
-            return [BackendError("down")] * len(requests)
-        return await super().complete(requests)
-
-
 def test_what_stayed_unsafe_for_a_failure_is_logged_and_not_kept(caplog: pytest.LogCaptureFixture) -> None:
-    backend = Recovering(candidates=engine()._candidates)
+    backend = Faulty(down)
     asked = guard(backend, cache=3600)
     assert asked.check("x").blocked
     assert "couldn't be asked about category by category: down" in caplog.text
@@ -214,7 +229,7 @@ def test_what_stayed_unsafe_for_a_failure_is_logged_and_not_kept(caplog: pytest.
 
 
 def test_what_stayed_unsafe_for_a_failure_is_judged_again_by_the_next_run(tmp_path: Path) -> None:
-    backend, store = Recovering(candidates=engine()._candidates), tmp_path / "verdicts.jsonl"
+    backend, store = Faulty(down), tmp_path / "verdicts.jsonl"
     items = [LabelledItem(id="1", task="prompt", prompt="x", label="safe")]
     assert judge(items, lambda item: guard(backend), store)[0].blocked
     backend.well = True
@@ -227,29 +242,25 @@ def test_what_stayed_unsafe_for_a_failure_is_judged_again_by_the_next_run(tmp_pa
 
 def test_the_tokens_of_both_questions_are_counted() -> None:
     class Counting(ScriptedBackend):
-        async def complete(self, requests: list[Request]) -> list[Completion | BackendError]:  # type: ignore[override]
+        async def complete(self, requests: Sequence[Request]) -> Completions:
             completions = await super().complete(requests)
             return [replace(one, usage=Usage(10)) for one in completions if isinstance(one, Completion)]
 
-    assert guard(Counting(candidates=engine()._candidates)).check("x").usage.prompt_tokens == 30
+    assert guard(Counting(candidates=probabilities())).check("x").usage.prompt_tokens == 30
 
 
 def test_a_text_in_parts_is_asked_about_part_by_part() -> None:
     class Short(ScriptedBackend):
-        async def complete(self, requests: list[Request]) -> list[Completion | BackendError]:  # type: ignore[override]
+        async def complete(self, requests: Sequence[Request]) -> Completions:
             completions = await super().complete(requests)
             return [
                 InputTooLong("long") if request.messages[-1].content.count("word") > 1200 else completion
                 for request, completion in zip(requests, completions, strict=True)
             ]
 
-    def candidates(request: Request) -> dict[str, float]:
-        text = request.messages[-1].content
-        probability = float("hateful" in text and "Category: Hate" in text) if is_second(request) else 0.9
-        return {"safe": 1 - probability, "unsafe": probability}
-
+    asked = guard(Short(candidates=words(lambda prompt: "hateful" in prompt and "Category: Hate" in prompt)))
     text = "word " * 2000
-    assert not guard(Short(candidates=candidates)).check(text).blocked
-    verdict = guard(Short(candidates=candidates)).check(text + "hateful")
+    assert not asked.check(text).blocked
+    verdict = asked.check(text + "hateful")
     assert (verdict.blocked, verdict.categories) == (True, ("B",))
     assert verdict.part is not None
