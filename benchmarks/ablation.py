@@ -66,9 +66,9 @@ VARIANTS = (
     ),
     Variant(
         "both",
-        "the whole policy, then each category",
+        "the whole policy, then which category",
         ("--set", "by_category=0.6"),
-        fitted=("--fit-categories",),
+        fitted=("--category-threshold", "0.5"),
     ),
 )
 SETS = {"toxicchat": 200, "openai_moderation": 200, "beavertails_test": 200, "harmbench_responses": 200}

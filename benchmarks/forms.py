@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.record import Part, sound
-from benchmarks.weights import ADAPTER
 from rsafe_plugins import Guard
 from rsafe_plugins.backends import Backend, LlamaCppBackend
 from rsafe_plugins.backends.merge import dequantized
-from rsafe_plugins.backends.weights import embedded_weights
+from rsafe_plugins.backends.weights import PACKAGED_ADAPTER, embedded_weights
 from rsafe_plugins.evaluation.items import LabelledItem, read_items
 from rsafe_plugins.evaluation.metrics import measure
 from rsafe_plugins.evaluation.run import sample
@@ -44,10 +43,12 @@ def main() -> None:
     weights = embedded_weights()
     with tempfile.TemporaryDirectory() as folder:
         exact = dequantized(weights, Path(folder) / "base.F32.gguf")
-        whole = scores(part, "adapter beside float32", LlamaCppBackend(exact, adapter=ADAPTER), items)
+        whole = scores(
+            part, "adapter beside float32", LlamaCppBackend(exact, adapter=PACKAGED_ADAPTER), items
+        )
     forms = {
-        "adapter beside Q4_1": LlamaCppBackend(weights, adapter=ADAPTER),
-        "as it ships, merged to Q4_0": LlamaCppBackend(adapter=ADAPTER),
+        "adapter beside Q4_1": LlamaCppBackend(weights, adapter=PACKAGED_ADAPTER),
+        "as it ships, merged to Q4_0": LlamaCppBackend(adapter=PACKAGED_ADAPTER),
     }
     for name, backend in forms.items():
         moved = np.abs(scores(part, name, backend, items) - whole)

@@ -15,6 +15,7 @@ from benchmarks.record import FOLDER, machine
 from benchmarks.training import SMALL_POLICIES, evaluated, flips
 
 CARD = Path(__file__).parents[1] / "docs" / "model-card.md"
+REWORDED = ("--policy", str(Path(__file__).with_name("reworded.yaml")))
 BEGIN, END = "<!-- figures: make eval -->", "<!-- end of figures -->"
 
 # The file's name, what it is, and how many items are drawn from it: what two cores judge in an hour.
@@ -37,7 +38,6 @@ COLUMNS = {
     "auroc": "AUROC",
     "auprc": "AUPRC",
 }
-THOUGHTS = 20  # items a set that are judged after a thought, too, which takes ten times as long
 ADHERENCE = 120  # items that are drawn to see whether it follows its policy; the unsafe ones are judged
 
 
@@ -56,31 +56,28 @@ def row(cells: Sequence[object]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def table(folder: Path, most: int, *options: str) -> list[str]:
+def table(folder: Path) -> list[str]:
     """A row for each set."""
     lines = [row(["Set", "Items (unsafe)", *COLUMNS.values(), "Failures"]), "|---" * (3 + len(COLUMNS)) + "|"]
     for name, title, limit in SETS:
-        drawn = ("--limit", str(min(limit, most)))
-        (result,) = evaluated(folder / f"{name}.jsonl", *SHIPPED, *drawn, *options)
+        (result,) = evaluated(folder / f"{name}.jsonl", *SHIPPED, "--limit", str(limit))
         cells = [figure(result, column) for column in COLUMNS]
         lines.append(row([title, f"{result['items']} ({result['unsafe']})", *cells, result["failures"]]))
         print(lines[-1], flush=True)
     return lines
 
 
-def adherence(folder: Path, policies: str, *options: str) -> str:
+def adherence(folder: Path, policies: str, *options: str, items: int = ADHERENCE) -> str:
     """The row of those policies."""
-    total = flips(folder, ADHERENCE, *SHIPPED, *options)
+    total = flips(folder, items, *SHIPPED, "--reasoning", "never", *options)
     counts = [total[name] for name in ("items", "unsafe_with", "safe_without")]
     return row([policies, *counts, f"{total['flip_rate']:.2f}"])
 
 
 def figures(folder: Path) -> str:
     """The tables of the card."""
-    lines = table(folder, max(limit for *_, limit in SETS))
-    lines += ["", f"After a thought (`reasoning: always`), {THOUGHTS} items of each set:", ""]
-    lines += table(folder, THOUGHTS, "--reasoning", "always")
-    lines += [
+    lines = [
+        *table(folder),
         "",
         "Does it follow its policy? Unsafe responses of BeaverTails, judged under a policy with their categories, and "
         "under the same one without them. A guard that ignores its policy gets a flip rate of 0.",
@@ -89,6 +86,9 @@ def figures(folder: Path) -> str:
         "|---" * 5 + "|",
         adherence(folder, "`rsafe-18`"),
         adherence(folder, "their categories of `rsafe-18` and three others", *SMALL_POLICIES),
+        adherence(
+            folder, "the same in words of somebody else", *SMALL_POLICIES, *REWORDED, items=ADHERENCE // 2
+        ),
         "",
         f"{time.strftime('%Y-%m-%d')}, {machine()['cores']} core(s) ({machine()['cpu']}), version "
         f"{machine()['versions']['rsafe-plugins']}; 95% bootstrap intervals in parentheses.",

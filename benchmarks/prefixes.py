@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from transformers import AutoTokenizer
 
 from benchmarks.record import Part, fifty, sound
-from benchmarks.weights import ADAPTER, guard_folder, percent_cached
+from benchmarks.weights import guard_folder, percent_cached
 from rsafe_plugins import Guard
 from rsafe_plugins.backends import Backend, OpenAIBackend, TransformersBackend
 from rsafe_plugins.backends.merge import merged_weights
-from rsafe_plugins.backends.weights import cache_folder, embedded_weights
+from rsafe_plugins.backends.weights import PACKAGED_ADAPTER, cache_folder, embedded_weights
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def llama_server() -> Iterator[str]:
     import xllamacpp
 
     params = xllamacpp.CommonParams()
-    params.model.path = str(merged_weights(embedded_weights(), ADAPTER, cache_folder()))
+    params.model.path = str(merged_weights(embedded_weights(), PACKAGED_ADAPTER, cache_folder()))
     params.n_ctx, params.n_parallel, params.ctx_shift = 4096, 1, False
     params.hostnames, params.port, params.ui, params.verbosity = ["127.0.0.1"], 0, False, -1
     server = xllamacpp.Server(params)

@@ -17,35 +17,50 @@ SMALL_POLICIES = ("--others", "3")
 """Options with which `flips` judges by small policies."""
 
 
-def training_files(folder: Path, *, hatecheck: int = 1400, gptfuzz: int = 1200) -> list[str]:
+def training_files(
+    folder: Path,
+    *,
+    ailuminate: int = 500,
+    hatecheck: int = 1400,
+    gptfuzz: int = 1200,
+    jailbreakbench: int = 450,
+) -> list[str]:
     """What `rsafe align` is given. The order of the files decides which items are drawn when."""
     names = (
         "wildguard_train.jsonl",
         "aegis_train.jsonl",
         "surge_toxicity.jsonl",
-        "ailuminate_demo.jsonl@500",
+        f"ailuminate_demo.jsonl@{ailuminate}",
         f"hatecheck.jsonl@{hatecheck}",
         f"gptfuzz_responses.jsonl@{gptfuzz}",
-        "jailbreakbench_artifacts.jsonl@450",
+        f"jailbreakbench_artifacts.jsonl@{jailbreakbench}",
         "deepset_injection_train.jsonl",
     )
     return [str(folder / name) for name in names]
 
 
-def align(stage: str, files: Iterable[str], out: Path, *options: str, processes: int | None = None) -> Path:
-    """One stage by the recipe of the embedded guard; nothing where it is done. Returns the PEFT adapter's folder.
+def align(
+    stage: str,
+    files: Iterable[str],
+    out: Path,
+    *options: str,
+    recipe: str = "embedded",
+    processes: int | None = None,
+) -> Path:
+    """One stage by a recipe of the embedded guard; nothing where it is done. Returns the PEFT adapter's folder.
 
     Args:
         stage: `warm-start` or `grpo`.
         files: What to train on.
         out: The run's folder.
         options: More options of `rsafe align`.
+        recipe: Its name.
         processes: How many to start; None for one a GPU, or one a processor.
     """
     if not (out / "run.json").exists():
         processes = processes or torch.cuda.device_count() or os.cpu_count() or 1
         launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-        recipe = ["--stage", stage, "--recipe", "embedded", "--out", str(out)]
+        recipe = ["--stage", stage, "--recipe", recipe, "--out", str(out)]
         subprocess.run(
             [sys.executable, *launch, "-m", _CLI, "align", *recipe, *options, *files],
             check=True,

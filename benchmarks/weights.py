@@ -7,21 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import rsafe_plugins
 from benchmarks.record import FOLDER
 from rsafe_plugins import Content, Guard, Verdict
 from rsafe_plugins.alignment.export import export_folder
 from rsafe_plugins.backends.merge import merged_weights
-from rsafe_plugins.backends.weights import cache_folder, embedded_weights
-
-ADAPTER = Path(rsafe_plugins.__file__).parent / "backends" / "data" / "guard-adapter.gguf"
+from rsafe_plugins.backends.weights import PACKAGED_ADAPTER, cache_folder, embedded_weights
 
 
 def guard_folder() -> Path:
     """Made at the first call, then kept."""
     path = FOLDER / "guard"
     if not (path / "config.json").exists():
-        export_folder(merged_weights(embedded_weights(), ADAPTER, cache_folder()), path)
+        export_folder(merged_weights(embedded_weights(), PACKAGED_ADAPTER, cache_folder()), path)
     return path
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, count
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -40,7 +41,8 @@ from rsafe_plugins.guard.prompt import GuardPrompt
 from rsafe_plugins.guard.verdict import Label
 from rsafe_plugins.policy import Category, Policy
 
-_OTHERS = 3  # categories that an item is asked about beside its own
+_OTHERS = 5  # categories that an item is asked about beside its own
+_MOST = 300  # items of one category in a pass, where what is taught is which category an item meets
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,9 @@ class CategoryEncoder(BatchEncoder):
                 self._ending(ids[end:], question)
                 for ids, question in zip(prompts, example.questions, strict=True)
             ]
-            sequences.append(Encoded(prompts[0][shared:end], endings))
+            labels = [question.label for question in example.questions]
+            met = labels.index("unsafe") if "unsafe" in labels and len(labels) > 1 else None
+            sequences.append(Encoded(prompts[0][shared:end], endings, met))
         return asked[0][0][:shared], sequences
 
     def _text(self, question: Question, content: Content) -> str:
@@ -136,18 +140,28 @@ class Asker:
         if not self._met and any(item.task != "document" for item in items):
             raise DataError(
                 f"One question for each category needs unsafe items that name theirs, and none of the {len(items)} "
-                "items does: name their categories, or train without --by-category."
+                "items does: name their categories, or train without by_category."
             )
 
     def answerable(self, items: Sequence[LabelledItem]) -> list[LabelledItem]:
         """The items that can be asked about: all but unsafe ones whose category nobody knows."""
         return [item for item in items if not item.unsafe or item.task == "document" or self._own(item)]
 
+    def of_known_category(self, items: Sequence[LabelledItem]) -> list[LabelledItem]:
+        """The unsafe prompts and responses whose category is known; of one that many meet, only the first 300."""
+        taken: Counter[str] = Counter()
+        chosen = []
+        for item in items:
+            if item.unsafe and (own := self._own(item)) and taken[own[0]] < _MOST:
+                taken[own[0]] += 1
+                chosen.append(item)
+        return chosen
+
     def questions(self, item: LabelledItem, chance: random.Random) -> Questions:
         """What is asked about an item that can be asked about.
 
-        An unsafe item is asked about its own category and about three that it doesn't touch; a safe one about the
-        one that comes nearest, and about three others. The first weighs as much as the three.
+        An unsafe item is asked about its own category and about five that it doesn't touch; a safe one about the
+        one that comes nearest, and about five others. The first weighs as much as the five.
         """
         if item.task == "document":
             return _about_injection(item)
@@ -172,7 +186,7 @@ class Asker:
 
     def _others(self, own: Sequence[str], chance: random.Random) -> list[str]:
         """Some that it doesn't touch, each the likelier the more often it is met (Efraimidis and Spirakis, 2006)."""
-        keys = {one: chance.random() ** (1 / count) for one, count in self._met.items() if one not in own}
+        keys = {one: chance.random() ** (1 / met) for one, met in self._met.items() if one not in own}
         return sorted(keys, key=lambda one: -keys[one])[:_OTHERS]
 
 
@@ -208,6 +222,13 @@ def category_batches(
     chance.shuffle(shuffled)
     for start in range(0, len(shuffled), size):
         yield None, [asker.questions(item, chance) for item in shuffled[start : start + size]]
+
+
+def category_passes(
+    items: Sequence[LabelledItem], size: int, seed: int, asker: Asker
+) -> Iterator[tuple[None, list[Questions]]]:
+    """Pass after pass of `category_batches`, each in another order, with other words and other questions."""
+    return chain.from_iterable(category_batches(items, size, one, asker) for one in count(seed))
 
 
 def mixed(first: Iterator[Any], second: Iterator[Any], share: float, seed: int) -> Iterator[Any]:

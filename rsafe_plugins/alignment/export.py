@@ -30,6 +30,11 @@ _REORDERED: Mapping[str, Mapping[str, str]] = {
     "qwen3": {},
     "gemma2": {},
 }
+_MODULES = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+_GGUF_TENSOR = re.compile(r"(?P<target>.+)\.weight\.lora_(?P<side>[ab])")
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
 
@@ -87,6 +92,53 @@ def export_gguf(adapter: str | Path, base_config: Mapping[str, Any], out: str | 
     writer.write_tensors_to_file()
     writer.close()
     return Path(out)
+
+
+def read_gguf(file: str | Path, base_config: Mapping[str, Any]) -> dict[str, Array]:
+    """The tensors of an adapter that `export_gguf` wrote, in float32, named and ordered as PEFT saves them.
+
+    Raises:
+        ExportError: The file can't be read, or is no LoRA adapter of this base.
+    """
+    try:
+        reader = gguf.GGUFReader(str(file))
+        found_for = reader.fields[gguf.Keys.General.ARCHITECTURE].contents()
+        alpha = reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents()
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise ExportError(f"{file} must be a GGUF adapter: {' '.join(str(error).split())}.") from error
+    architecture, layers = str(base_config["model_type"]), int(base_config["num_hidden_layers"])
+    if architecture not in _REORDERED or found_for != architecture:
+        raise ExportError(
+            f"{file} is for {found_for}, and the base is {architecture}: give the folder of a PEFT adapter."
+        )
+    names = _names(architecture, layers)
+    modules = {
+        names.get_name(f"model.layers.{layer}.{part}"): f"model.layers.{layer}.{part}"
+        for layer in range(layers)
+        for part in _MODULES
+    }
+    tensors = {}
+    for tensor in reader.tensors:
+        found = _GGUF_TENSOR.fullmatch(tensor.name)
+        module = modules.get(found["target"]) if found else None
+        if found is None or module is None:
+            raise ExportError(
+                f"{file} holds the tensor {tensor.name}, which is no LoRA's in a {architecture} model."
+            )
+        data = np.asarray(tensor.data, dtype=np.float32)
+        if found["side"] == "a" and alpha != 2 * len(data):
+            raise ExportError(
+                f"{file} has the alpha {alpha:g} and the rank {len(data)}: ours is twice the rank."
+            )
+        if found["side"] == "b":
+            try:
+                data = _reorder(data, module.rsplit(".", 1)[-1], base_config, back=True)
+            except ValueError as error:
+                raise ExportError(
+                    f"{file} isn't for this base: {tensor.name} has {len(data)} rows."
+                ) from error
+        tensors[f"base_model.model.{module}.lora_{found['side'].upper()}.weight"] = data
+    return tensors
 
 
 def export_merged(adapter: str | Path, base: str | Path, out: str | Path) -> Path:
@@ -168,11 +220,13 @@ def _names(architecture: str, layers: int) -> gguf.TensorNameMap:
     return gguf.get_tensor_name_map(arch, layers)
 
 
-def _reorder(tensor: Array, projection: str, base_config: Mapping[str, Any]) -> Array:
-    """The output side of a projection, (out, rank), with the rows of each head in llama.cpp's order."""
+def _reorder(tensor: Array, projection: str, base_config: Mapping[str, Any], *, back: bool = False) -> Array:
+    """The output side of a projection, (out, rank), with the rows of each head in llama.cpp's order, or `back`."""
     key = _REORDERED[str(base_config["model_type"])].get(projection)
     if key is None:
         return tensor
     heads = int(base_config[key])
     rows, rank = tensor.shape
-    return tensor.reshape(heads, 2, rows // heads // 2, rank).swapaxes(1, 2).reshape(rows, rank)
+    pairs = rows // heads // 2
+    shape = (heads, pairs, 2, rank) if back else (heads, 2, pairs, rank)
+    return tensor.reshape(shape).swapaxes(1, 2).reshape(rows, rank)

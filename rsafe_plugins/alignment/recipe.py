@@ -83,7 +83,10 @@ class WarmStartSettings(StageSettings):
         through_policy: Whether the gradient runs through the shared part too. Without it the adapter still changes
             what is computed there, but nothing is learned from that, and a step is about a third faster.
         by_category: Share of steps that ask for each category by itself, as the dialect `rsafe-by-category` does, 0 to
-            1; policies, thoughts and their weights play no part in them.
+            1; policies, thoughts and their weights play no part in them. Below 1 they only teach which category an
+            unsafe item meets, since the other steps teach what is unsafe.
+        dtype: What is computed in; the adapter itself stays in float32. `bfloat16` is faster on GPUs, and on processors
+            with instructions for it.
     """
 
     learning_rate: float = Field(default=4e-4, gt=0)
@@ -99,6 +102,7 @@ class WarmStartSettings(StageSettings):
     thought_weight: float = Field(default=0.4, ge=0)
     through_policy: bool = True
     by_category: float = Field(default=0.0, ge=0, le=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class GRPOSettings(StageSettings):

@@ -19,11 +19,18 @@ from typing import Any
 
 import torch
 import torch.distributed
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from torch.nn import functional
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from rsafe_plugins.alignment.examples import Example, PolicyVariant
+from rsafe_plugins.alignment.export import ExportError, read_gguf
 from rsafe_plugins.alignment.prompts import TrainingPrompt
 from rsafe_plugins.alignment.recipe import WarmStartSettings
 from rsafe_plugins.backends.causal_lm import load
@@ -42,10 +49,18 @@ class AlignmentError(RSafeError):
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of one example: what follows the shared part, then its endings with a weight for each target."""
+    """Token ids of one example: what follows the shared part, then its endings with a weight for each target.
+
+    Attributes:
+        prompt: What the endings have in common.
+        endings: Token ids, and the weight of each in the loss.
+        unsafest: Which of the endings should say `unsafe` with the highest probability; None where they aren't
+            compared.
+    """
 
     prompt: list[int]
     endings: list[tuple[list[int], list[float]]]
+    unsafest: int | None = None
 
 
 @dataclass(slots=True)
@@ -105,6 +120,7 @@ class BatchEncoder(abc.ABC):
             tokenizer, prompt, settings.max_prompt_tokens, settings.max_response_tokens
         )
         self._settings = settings
+        self.label_ids = self._ids("safe}")[0], self._ids("unsafe}")[0]
 
     @abc.abstractmethod
     def encode(self, variant: Any, examples: Sequence[Any]) -> tuple[list[int], list[Encoded]]:
@@ -178,7 +194,8 @@ def with_lora(model: Any, *, rank: int, first_layer: int, adapter: Path | None) 
         model: A causal LM.
         rank: Rank of the LoRA; its alpha is twice that.
         first_layer: The LoRA begins at this decoder layer, counted from 0.
-        adapter: Folder of a PEFT adapter to go on from, of the same rank and layers; None starts a new one.
+        adapter: Folder of a PEFT adapter to go on from, or the GGUF file of one, of the same rank and layers; None
+            starts a new one.
 
     Raises:
         AlignmentError: The adapter can't be loaded, or is of another shape.
@@ -192,7 +209,9 @@ def with_lora(model: Any, *, rank: int, first_layer: int, adapter: Path | None) 
         layers_pattern="layers",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config) if adapter is None else _trainable(model, adapter, config)
+    if adapter is None:
+        return get_peft_model(model, config)
+    return (_trainable if adapter.is_dir() else _trainable_gguf)(model, adapter, config)
 
 
 def _trainable(model: Any, folder: Path, wanted: LoraConfig) -> PeftModel:
@@ -208,6 +227,25 @@ def _trainable(model: Any, folder: Path, wanted: LoraConfig) -> PeftModel:
         return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise AlignmentError(f"The adapter {folder} can't be loaded: {error}") from error
+
+
+def _trainable_gguf(model: Any, file: Path, wanted: LoraConfig) -> PeftModel:
+    """The model with an adapter that `rsafe align` exported for llama.cpp, which is as precise as float16."""
+    try:
+        tensors = read_gguf(file, model.config.to_dict())
+    except ExportError as error:
+        raise AlignmentError(str(error)) from error
+    peft = get_peft_model(model, wanted)
+    own = get_peft_model_state_dict(peft)
+    if {name: tuple(one.shape) for name, one in own.items()} != {
+        name: one.shape for name, one in tensors.items()
+    }:
+        raise AlignmentError(
+            f"The adapter {file} is of another rank, or of other layers, than this run asks for (rank {wanted.r}): "
+            "give those that it was trained with."
+        )
+    set_peft_model_state_dict(peft, {name: torch.from_numpy(one) for name, one in tensors.items()})
+    return peft
 
 
 def label_weights(tokens: int) -> list[float]:
@@ -258,6 +296,9 @@ class WarmStart:
         self.rank, self.processes = _join_processes()
         torch.manual_seed(settings.seed)
         model, tokenizer = load_base(base)
+        # What is trained stays in float32, and so do buffers: rounded frequencies would turn positions into others.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, settings.dtype))
         self.settings = settings
         self.tokenizer = tokenizer
         self.encoder = encoder(tokenizer, prompt, settings)
@@ -373,12 +414,14 @@ class WarmStart:
 
     def step(self, variant: Any, examples: Sequence[Any]) -> float:
         """Adds this process's part of the gradient of one batch; returns the batch's mean loss."""
-        shared, sequences = self.encoder.encode(variant, examples)
+        return self._step(*self.encoder.encode(variant, examples))
+
+    def _step(self, shared: list[int], sequences: Sequence[Encoded]) -> float:
         sequences = sorted(sequences, key=lambda s: len(s.prompt) + sum(len(ids) for ids, _ in s.endings))
         count = len(sequences)
         sequences = sequences[self.rank :: self.processes]
         decoder, head = self._parts()
-        with torch.set_grad_enabled(self.settings.through_policy):
+        with self._precision(), torch.set_grad_enabled(self.settings.through_policy):
             prefix = decoder(input_ids=torch.tensor([shared], device=self.device), use_cache=True)
         layers = [(layer.keys, layer.values) for layer in prefix.past_key_values.layers]
         leaves = [
@@ -387,7 +430,8 @@ class WarmStart:
         total = 0.0
         for start in range(0, len(sequences), self.settings.micro_batch):
             part = sequences[start : start + self.settings.micro_batch]
-            loss = self._loss(decoder, head, leaves, len(shared), part) / count
+            with self._precision():
+                loss = self._loss(decoder, head, leaves, len(shared), part) / count
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         pairs = [
@@ -399,6 +443,9 @@ class WarmStart:
         if trained:
             torch.autograd.backward([tensor for tensor, _ in trained], [gradient for _, gradient in trained])
         return self._agreed(total) * self.processes
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16")
 
     def _agreed(self, value: float) -> float:
         """The mean over all processes, so that they decide alike."""
@@ -446,8 +493,14 @@ class WarmStart:
         ).last_hidden_state
         row, column = layout.sources
         logits = head(hidden[row.to(self.device), column.to(self.device)])
-        losses = functional.cross_entropy(logits.float(), layout.targets.to(self.device), reduction="none")
-        return (losses * layout.weights.to(self.device)).sum()
+        logits = logits.float()
+        losses = functional.cross_entropy(logits, layout.targets.to(self.device), reduction="none")
+        loss = (losses * layout.weights.to(self.device)).sum()
+        safe, unsafe = self.encoder.label_ids
+        for verdicts, unsafest in layout.compared:
+            surer = logits[verdicts, unsafe] - logits[verdicts, safe]
+            loss = loss + functional.cross_entropy(surer, torch.tensor(unsafest, device=self.device))
+        return loss
 
     @property
     def base_config(self) -> dict[str, Any]:
@@ -476,6 +529,8 @@ class Layout:
         sources: Rows and columns of the tokens that predict something, each (targets,).
         targets: The token ids that they should predict, (targets,).
         weights: Weight of each, (targets,).
+        compared: For each sequence whose endings are compared, the targets that are their verdicts, and which of these
+            is the unsafest.
     """
 
     ids: torch.Tensor
@@ -484,6 +539,7 @@ class Layout:
     sources: tuple[torch.Tensor, torch.Tensor]
     targets: torch.Tensor
     weights: torch.Tensor
+    compared: list[tuple[list[int], int]]
 
 
 def lay_out(part: Sequence[Encoded], shared: int) -> Layout:
@@ -497,7 +553,9 @@ def lay_out(part: Sequence[Encoded], shared: int) -> Layout:
     columns: list[int] = []
     targets: list[int] = []
     weights: list[float] = []
+    compared: list[tuple[list[int], int]] = []
     for row, sequence in enumerate(part):
+        verdicts: list[int] = []
         length = len(sequence.prompt)
         ids[row, :length] = torch.tensor(sequence.prompt)
         positions[row, :length] = torch.arange(shared, shared + length)
@@ -511,6 +569,7 @@ def lay_out(part: Sequence[Encoded], shared: int) -> Layout:
             visible[row, start:end, shared + start : shared + end] = (
                 torch.ones(len(tokens), len(tokens)).tril().bool()
             )
+            verdicts.append(len(targets))
             for offset in range(1, len(tokens)):
                 if token_weights[offset] > 0:
                     rows.append(row)
@@ -518,6 +577,8 @@ def lay_out(part: Sequence[Encoded], shared: int) -> Layout:
                     targets.append(tokens[offset])
                     weights.append(token_weights[offset])
             start = end
+        if sequence.unsafest is not None:
+            compared.append((verdicts, sequence.unsafest))
     mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
     return Layout(
         ids,
@@ -526,4 +587,5 @@ def lay_out(part: Sequence[Encoded], shared: int) -> Layout:
         (torch.tensor(rows), torch.tensor(columns)),
         torch.tensor(targets),
         torch.tensor(weights),
+        compared,
     )

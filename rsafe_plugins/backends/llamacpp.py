@@ -18,6 +18,7 @@ from rsafe_plugins.backends.prefixes import SavedPrefixes
 from rsafe_plugins.backends.tokens import Tokens, check_text, common_length, walk_candidates
 from rsafe_plugins.backends.weights import (
     MODEL_VARIABLE,
+    PACKAGED_ADAPTER,
     SMOLLM2,
     cache_folder,
     check_gguf,
@@ -75,7 +76,7 @@ class LlamaCppBackend(Backend):
         self._is_given = model is not None
         self._model = Path(model).expanduser() if model is not None else chosen_model()
         if isinstance(adapter, EllipsisType):
-            adapter = _packaged_adapter() if self._model is None else None
+            adapter = PACKAGED_ADAPTER if self._model is None and PACKAGED_ADAPTER.is_file() else None
         self._adapter = Path(adapter).expanduser() if adapter is not None else None
         self.model = (self._model or Path(SMOLLM2.name)).stem
         if self._adapter is not None:
@@ -323,8 +324,3 @@ def _fingerprint(path: Path) -> str:
             return f"-{hashlib.file_digest(file, 'sha256').hexdigest()[:8]}"
     except OSError:
         return ""
-
-
-def _packaged_adapter() -> Path | None:
-    path = Path(__file__).parent / "data" / "guard-adapter.gguf"
-    return path if path.is_file() else None

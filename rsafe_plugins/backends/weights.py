@@ -29,6 +29,9 @@ from rsafe_plugins.errors import BackendUnavailable
 MODEL_VARIABLE = "RSAFE_MODEL"
 CACHE_VARIABLE = "RSAFE_CACHE_DIR"
 
+PACKAGED_ADAPTER = Path(__file__).parent / "data" / "guard-adapter.gguf"
+"""The adapter that makes those weights a guard; it comes with this package."""
+
 _DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows knows no quota error
 _PATIENCE = 3.0  # seconds of waiting for another process before the user is told
 

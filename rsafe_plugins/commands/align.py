@@ -44,9 +44,8 @@ _PACKAGES = ("rsafe-plugins", "torch", "transformers", "peft", "trl", "vllm")
 )
 @click.option(
     "--adapter",
-    metavar="FOLDER",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="A PEFT adapter to go on from. Default: a new one.",
+    metavar="PATH|embedded",
+    help="A PEFT adapter's folder, or its GGUF file, to go on from; embedded for the package's. Default: a new one.",
 )
 @click.option("--template", metavar="PATH", type=click.Path(), help="The wording of the guard's prompt.")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Train no longer than this.")
@@ -79,7 +78,8 @@ _PACKAGES = ("rsafe-plugins", "torch", "transformers", "peft", "trl", "vllm")
 @click.option(
     "--recipe",
     metavar="NAME|PATH",
-    help="A recipe of the package (warm-start: embedded; grpo: embedded, rsafe-7b), or a YAML file.",
+    help="A recipe of the package (warm-start: embedded, embedded-categories; grpo: embedded, rsafe-7b), or a YAML "
+    "file.",
 )
 @click.option(
     "--merged", is_flag=True, help="Also write base and adapter as one Hugging Face folder, for vLLM."
@@ -110,7 +110,7 @@ def align(
     files: tuple[str, ...],
     stage: str,
     out: Path,
-    adapter: Path | None,
+    adapter: str | None,
     template: str | None,
     recipe: str | None,
     merged: bool,
@@ -144,7 +144,7 @@ def align(
     warnings.filterwarnings("ignore", module=r"(transformers|peft|trl|torch)\.")
     chosen = {**_changes(changes), **{name: value for name, value in options.items() if value is not None}}
     sources = [TrainingFile.parse(text) for text in files]
-    job = _Job(sources, held_out, out, adapter, template)
+    job = _Job(sources, held_out, out, _adapter(adapter), template)
     try:
         run = _warm_start if stage == _WARM_START else _grpo
         report = run(job, recipe, chosen)
@@ -159,7 +159,7 @@ def align(
         "recipe": recipe,
         **job.record(),
         **report,
-        "from_adapter": str(adapter) if adapter else None,
+        "from_adapter": adapter,
         "template": template,
         "versions": _versions(),
     }
@@ -169,6 +169,20 @@ def align(
     else:
         common.console().print(_summary(report))
     return 0
+
+
+def _adapter(name: str | None) -> Path | None:
+    """Where the adapter is that training goes on from."""
+    if name is None:
+        return None
+    from rsafe_plugins.backends.weights import PACKAGED_ADAPTER
+
+    path = PACKAGED_ADAPTER if name == "embedded" else Path(name)
+    if not path.exists():
+        raise click.UsageError(
+            f"--adapter takes an adapter's folder or GGUF file, or embedded, and there is no {path}."
+        )
+    return path
 
 
 def _check_stage(stage: str, options: dict[str, dict[str, Any]]) -> None:
@@ -232,7 +246,13 @@ def _warm_start(job: _Job, recipe: str | None, options: dict[str, Any]) -> dict[
     if share == 1 and job.template:
         raise click.UsageError("by_category=1 has a prompt of its own: leave --template out.")
     data = job.data(settings.seed)
-    from rsafe_plugins.alignment.by_category import Asker, MixedEncoder, category_batches, mixed
+    from rsafe_plugins.alignment.by_category import (
+        Asker,
+        MixedEncoder,
+        category_batches,
+        category_passes,
+        mixed,
+    )
     from rsafe_plugins.alignment.categorize import Categorizer
     from rsafe_plugins.alignment.examples import batches, category_ids
     from rsafe_plugins.alignment.warm_start import WarmStart
@@ -255,13 +275,20 @@ def _warm_start(job: _Job, recipe: str | None, options: dict[str, Any]) -> dict[
         thoughts=settings.thoughts,
     )
     most = float(len(data.items))
-    if share > 0:
+    if share == 1:
         asker = Asker(data.items, categorizer)
         items = asker.answerable(data.items)
-        asked = category_batches(items, settings.batch, settings.seed, asker)
+        most = len(items)
+        drawn = category_batches(items, settings.batch, settings.seed, asker)
+    elif share > 0:
+        items = Asker(data.items, categorizer).of_known_category(data.items)
+        if not items:
+            raise SettingsError(
+                "by_category needs unsafe prompts or responses that name their category: set it to 0."
+            )
+        asked = category_passes(items, settings.batch, settings.seed, Asker(items, categorizer))
+        most /= 1 - share
         drawn = mixed(drawn, asked, share, settings.seed)
-        # It ends where one of the two does.
-        most = min(len(items) / share, most / (1 - share) if share < 1 else math.inf)
     total = int(min(math.ceil(most), settings.items or math.inf))
     with _progress(shown=stage.rank == 0) as progress:
         bar = progress.add_task(_WARM_START, total=total, figure="")
@@ -291,6 +318,10 @@ def _grpo(job: _Job, recipe: str | None, options: dict[str, Any]) -> dict[str, A
     from rsafe_plugins.alignment.recipe import GRPOSettings, load_recipe
 
     settings = load_recipe(GRPOSettings, recipe, options)
+    if settings.full and job.adapter is not None and not job.adapter.is_dir():
+        raise click.UsageError(
+            "With --full the adapter is added to the weights: give the folder of a PEFT adapter."
+        )
     data = job.data(settings.seed)
     from rsafe_plugins.alignment.grpo import GRPO
     from rsafe_plugins.backends.weights import embedded_weights

@@ -47,8 +47,9 @@ _FETCH = shlex.join([sys.executable, "-m", "rsafe_plugins.cli", "check", "--back
 
 
 _HARDLY_READS = (
-    "the embedded guard judges by what is harmful in general and hardly by the policy it is given (see its model "
-    "card); for a policy of your own, name a larger guard model as the backend"
+    "the embedded guard finds what is harmful in general, and leaves alone what falls under a category of rsafe-18 "
+    "that your policy leaves out; of categories that rsafe-18 doesn't have it knows nothing (see its model card): for "
+    "these, name a larger guard model as the backend"
 )
 
 

@@ -22,7 +22,7 @@ from rsafe_plugins import Guard, Policy, Verdict
 from rsafe_plugins.commands import common
 from rsafe_plugins.errors import DataError
 from rsafe_plugins.evaluation.adherence import Adherence, adherence
-from rsafe_plugins.evaluation.fit import fit, fit_categories
+from rsafe_plugins.evaluation.fit import fit
 from rsafe_plugins.evaluation.formats import FORMATS, read_set
 from rsafe_plugins.evaluation.items import LabelledItem
 from rsafe_plugins.evaluation.run import judge, sample
@@ -112,9 +112,10 @@ class _Variant(click.ParamType):  # type: ignore[type-arg]  # generic in the new
 )
 @click.option(
     "--category-threshold",
-    type=click.FloatRange(0, 1),
+    type=click.FloatRange(0, 1, max_open=True),
     metavar="P",
-    help="Ask about what is unsafe category by category; safe if none is met with this probability. 0 doesn't ask.",
+    help="Compare what is unsafe under a policy of few categories with those that it leaves out; safe if one of its "
+    "own fits better with less than this probability. 0 doesn't compare. With --fit it is put into the file.",
 )
 @click.option("--template", metavar="PATH", type=click.Path(), help="The wording of the guard's prompt.")
 @click.option(
@@ -164,12 +165,6 @@ class _Variant(click.ParamType):  # type: ignore[type-arg]  # generic in the new
     help="With --fit: how much of the traffic that the guard is for is unsafe. Default: as in the files.",
 )
 @click.option(
-    "--fit-categories",
-    "by_category",
-    is_flag=True,
-    help="With --fit: also from which probability a category is met, for a guard that was trained with by_category.",
-)
-@click.option(
     "--adherence",
     "taxonomy",
     type=click.Choice(taxonomy_names()),
@@ -193,7 +188,6 @@ def evaluate(
     report_file: Path | None,
     fit_file: Path | None,
     unsafe_share: float | None,
-    by_category: bool,
     taxonomy: str | None,
     others: int | None,
     as_json: bool,
@@ -219,8 +213,6 @@ def evaluate(
         )
     if others and not taxonomy:
         raise click.UsageError("--others is for --adherence.")
-    if by_category and not fit_file:
-        raise click.UsageError("--fit-categories is for --fit.")
     sets = _sets(files, limit)
     with _saying_how_to_go_on(verdicts):
         if fit_file is not None:
@@ -233,7 +225,6 @@ def evaluate(
                 as_json,
                 settings,
                 unsafe_share=unsafe_share,
-                categories=by_category,
             )
         if taxonomy is not None:
             return _adherence(sets, policy, taxonomy, others, verdicts, as_json, settings)
@@ -325,21 +316,19 @@ def _fit(
     settings: Mapping[str, Any],
     *,
     unsafe_share: float | None,
-    categories: bool,
 ) -> int:
     if settings["reasoning"] not in (None, "never"):
         raise click.UsageError(
             "--fit judges both ways, or with --reasoning never only without a thought; leave --reasoning out."
         )
-    if settings["category_threshold"] is not None:
-        raise click.UsageError("--fit fits the threshold of categories too; leave --category-threshold out.")
     items = [item for part in sets.values() for item in part]
-    settings = {**settings, "category_threshold": 0.0}  # what is found unsafe is asked about below
+    categories = settings["category_threshold"] or 0.0
+    # A guard that can't be asked so says it here; what is fitted is the verdict before it.
+    _guards(policy, document_policy, **{**settings, "reasoning": "never"})
+    settings = {**settings, "category_threshold": 0.0}
     modes = {"never": _guards(policy, document_policy, **{**settings, "reasoning": "never"})}
     if settings["reasoning"] is None and modes["never"][False].dialect.thought is not None:
         modes["always"] = _guards(policy, document_policy, **{**settings, "reasoning": "always"})
-    # From 0 on every category is met, and the score is that of the one which is met most.
-    opinion = modes["never"][False].by_category(0.0) if categories else None
     with _progress() as progress:
         judged = [_judge(progress, mode, items, mine, verdicts) for mode, mine in modes.items()]
         bare, thought = judged[0], judged[-1]
@@ -352,22 +341,14 @@ def _fit(
             )
             if fitted is None:
                 continue
-            point = OperatingPoint(threshold=fitted.threshold, band=fitted.band, digest=guard.policy.digest)
-            line = {"policy": guard.policy.name, "items": len(mine), **asdict(fitted)}
-            asked = [
-                items[n]
-                for n in mine
-                if items[n].unsafe
-                and items[n].task != "document"
-                and (bare[n].score or 0.0) >= fitted.threshold
-            ]
-            if opinion is not None and asked:
-                seen = _judge(progress, "categories", asked, {False: opinion}, verdicts)
-                met = fit_categories([one.score for one in seen if one.score is not None])
-                point = point.model_copy(update={"category_threshold": met})
-                line["category_threshold"] = met
+            point = OperatingPoint(
+                threshold=fitted.threshold,
+                band=fitted.band,
+                category_threshold=categories,
+                digest=guard.policy.digest,
+            )
             points.setdefault(guard.policy.name, point)
-            lines.append(line)
+            lines.append({"policy": guard.policy.name, "items": len(mine), **asdict(fitted)})
     if not points:
         raise DataError(
             "Fitting needs safe and unsafe items that the guard could score; there are none of one of them."
@@ -383,14 +364,6 @@ def _fit(
                 f"{line['adaptive']:.3f}, always {line['always']:.3f}; adaptive generates "
                 f"{line['token_share']:.0%} of the tokens of always."
             )
-            if line.get("category_threshold"):
-                common.console().print(
-                    f"{line['policy']}: a category is met from {line['category_threshold']} on."
-                )
-    if opinion is not None and not any(point.category_threshold for point in points.values()):
-        common.console(stderr=True).print(
-            "No category was met by what was found unsafe: none is asked about."
-        )
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,7 +11,6 @@ from rsafe_plugins.guard import Verdict
 
 LARGEST_SHARE = 1 / 3
 _EDGES = 24  # places tried for each end of the band
-_LET_THROUGH = 0.03  # of what was rightly found unsafe
 _ALIKE = 0.005  # F1 that a simpler choice may cost
 
 
@@ -111,24 +109,6 @@ def fit(
         adaptive=allowed[band][0],
         token_share=allowed[band][1],
     )
-
-
-def fit_categories(scores: Sequence[float]) -> float:
-    """From which probability a category counts as met, when what was found unsafe is asked category by category.
-
-    The higher it is, the more the verdict follows the policy, and the more is let through. It is the highest at
-    which at most 3% of what was rightly found unsafe would be.
-
-    Args:
-        scores: For each item that was rightly found unsafe, the probability of the category that is met most, 0 to 1.
-
-    Returns:
-        The threshold; 0, which asks for none, where there are no scores.
-    """
-    if not scores:
-        return 0.0
-    lowest = sorted(scores)[int(_LET_THROUGH * len(scores))]
-    return math.floor(lowest * 1e4) / 1e4
 
 
 def _threshold(rows: Sequence[_Row], f1: Callable[[Iterable[tuple[bool, bool]]], float]) -> float:

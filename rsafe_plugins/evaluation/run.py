@@ -11,7 +11,6 @@ from pathlib import Path
 from rsafe_plugins.errors import DataError
 from rsafe_plugins.evaluation.items import LabelledItem
 from rsafe_plugins.guard import Guard, Verdict
-from rsafe_plugins.guard.guard import CONFIRMED
 
 
 def sample(items: Sequence[LabelledItem], limit: int | None, seed: int = 0) -> list[LabelledItem]:
@@ -83,8 +82,8 @@ def _key(item: LabelledItem, guard: Guard, engine: str) -> str:
     chat = (dialect.name, dialect.digest, guard.policy.digest, dialect.messages(guard.policy, content))
     asked = hashlib.blake2b(repr(chat).encode("utf-8"), digest_size=12).hexdigest()
     how = f"{engine}/{settings.reasoning}/{point.threshold}/{point.band}"
-    if opinion := guard.second_opinion():
-        second = opinion.dialect.messages(guard.policy, content)
+    if others := guard.compared_with(content.kind):
+        second = (guard.by_category.dialect.messages(guard.policy, content), others)
         asked = hashlib.blake2b(repr((chat, second)).encode("utf-8"), digest_size=12).hexdigest()
         how += f"/{point.category_threshold}"
     unnamed = "" if settings.name_categories else "/unnamed"
@@ -115,10 +114,8 @@ def _is_whole(verdict: Verdict, item: LabelledItem, guard: Guard) -> bool:
     """Whether nothing failed; otherwise the next run judges it again."""
     if verdict.label is None:
         return False
-    # What stays unsafe when it is asked about category by category meets one, or the question failed.
-    asked = (
-        guard.second_opinion() is not None and verdict.reasoning is None and item.content().kind in CONFIRMED
-    )
+    # What stays unsafe when it is asked about category by category names one, or the question failed.
+    asked = guard.compared_with(item.content().kind) and verdict.reasoning is None
     return not asked or verdict.label == "safe" or bool(verdict.categories)
 
 

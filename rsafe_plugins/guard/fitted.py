@@ -13,6 +13,8 @@ from rsafe_plugins.errors import SettingsError
 from rsafe_plugins.policy import Policy
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+# At 1 nothing would fit well enough, and everything would be let through.
+CategoryThreshold = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 PACKAGED = Path(__file__).parent / "data" / "fitted.yaml"
 
@@ -32,8 +34,8 @@ class OperatingPoint(BaseModel):
     Attributes:
         threshold: Unsafe from this probability on, 0 to 1.
         band: Lowest and highest probability at which adaptive reasoning thinks.
-        category_threshold: What is found unsafe is asked about category by category, and a category is met from this
-            probability on; 0 where it isn't asked.
+        category_threshold: What is found unsafe is safe if a category of the policy fits it better than those that the
+            policy leaves out with less than this probability; 0 where they aren't compared.
         digest: The policy's digest when this was fitted; empty where it wasn't.
     """
 
@@ -41,7 +43,7 @@ class OperatingPoint(BaseModel):
 
     threshold: Probability = 0.5
     band: Band = (0.3, 0.7)
-    category_threshold: Probability = 0.0
+    category_threshold: CategoryThreshold = 0.0
     digest: str = ""
 
 

@@ -8,8 +8,9 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,8 +32,9 @@ from rsafe_plugins.guard.joiner import Joiner
 from rsafe_plugins.guard.parts import MOST_CHARACTERS, MOST_PARTS, Span, halves
 from rsafe_plugins.guard.settings import GuardSettings, OnError, Reasoning
 from rsafe_plugins.guard.verdict import Label, Verdict, named_categories
-from rsafe_plugins.policy import Category, Policy
+from rsafe_plugins.policy import Category, ContentKind, Policy
 from rsafe_plugins.policy.condense import condensed
+from rsafe_plugins.policy.taxonomies import left_out
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +48,7 @@ _START_SECONDS = 900.0
 # From so many characters on a content takes milliseconds to be made a prompt.
 _LARGE = 50_000
 
-CONFIRMED = ("prompt", "response")
-"""The kinds of content that are asked about category by category once they are found unsafe."""
+_COMPARED: tuple[ContentKind, ...] = ("prompt", "response")
 
 _FORGOTTEN = Content.prompt("")
 
@@ -99,8 +100,8 @@ class Guard:
         reasoning: `never`, `always` or `adaptive` (the default).
         threshold: Unsafe from this probability on, 0 to 1; or a file that `rsafe eval --fit` wrote.
         band: Lowest and highest probability at which adaptive reasoning thinks.
-        category_threshold: What is found unsafe is asked about category by category, and is safe if none is met with
-            this probability; 0 doesn't ask.
+        category_threshold: What is found unsafe under a policy of few categories is compared with those that it leaves
+            out, and is safe if one of its own fits better with less than this probability; 0 doesn't compare.
         max_reasoning_tokens: Budget of a thought, in tokens.
         timeout: Seconds for one check.
         on_error: What a failed check does: `block` (the default), `allow`, or `raise`.
@@ -173,10 +174,9 @@ class Guard:
 
     def _set_up(self, settings: GuardSettings) -> None:
         self.settings = settings
-        self.policy = _fitting(
-            settings.policy if isinstance(settings.policy, Policy) else Policy.load(settings.policy),
-            settings.policy_tokens,
-        )
+        policy = settings.policy if isinstance(settings.policy, Policy) else Policy.load(settings.policy)
+        self.policy = _fitting(policy, settings.policy_tokens)
+        self._left_out = {kind: left_out(policy, kind) for kind in _COMPARED}
         self.backend = (
             settings.backend if isinstance(settings.backend, Backend) else shared_backend(settings.backend)
         )
@@ -193,50 +193,41 @@ class Guard:
         )
         self._joiner = Joiner(self._complete, max(1, self.backend.concurrency))
         _ = self.operating_point  # a file that can't be read is said now, not at the first check
-        self._opinion: Guard | None = None
         if settings.category_threshold and settings.reasoning == "always":
             raise SettingsError(
                 "A guard that always thinks isn't asked category by category after its verdict: leave "
                 "category_threshold out."
             )
-        if settings.category_threshold:
-            self._opinion = self.by_category(settings.category_threshold)
-
-    def by_category(self, threshold: float) -> Guard:
-        """A guard like this one that is asked category by category, and finds unsafe what meets one of them.
-
-        Args:
-            threshold: The probability from which a category is met, 0 to 1.
-
-        Raises:
-            SettingsError: A guard of this dialect isn't asked so.
-        """
-        if self.dialect.by_category is None:
+        if settings.category_threshold and self.dialect.by_category is None:
             raise SettingsError(
                 f"A guard of the dialect {self.dialect.name} isn't asked category by category: leave "
-                "category_threshold and --fit-categories out."
+                "category_threshold out."
             )
+
+    def compared_with(self, kind: ContentKind) -> tuple[Category, ...]:
+        """The categories that the policy leaves out, where what is found unsafe is asked about them, too."""
+        # A server may have said only now which model it is, and so what was fitted for it.
+        point = self.operating_point
+        # From 0 on everything is unsafe, and nothing could be said to lie under it.
+        if self.dialect.by_category is None or not point.category_threshold or not point.threshold:
+            return ()
+        if not self._scores:
+            return ()
+        return self._left_out.get(kind, ())
+
+    @cached_property
+    def by_category(self) -> Guard:
+        """The same engine and policy, asked category by category."""
         settings = {
             "policy": self.policy,
             "backend": self.backend,
             "dialect": self.dialect.by_category,
             "template": None,
             "reasoning": "never",
-            "threshold": threshold,
+            "threshold": 0.5,
             "category_threshold": None,
         }
         return Guard.from_settings(self.settings.model_copy(update=settings))
-
-    def second_opinion(self) -> Guard | None:
-        """What asks about prompts and responses category by category that are found unsafe; None where nothing does."""
-        # A server may have said only now which model it is, and so what was fitted for it.
-        point = self.operating_point
-        # From 0 on everything is unsafe, and nothing could be said to lie under it.
-        if self.dialect.by_category is None or not point.category_threshold or not point.threshold:
-            return None
-        if self._opinion is None or self._opinion.settings.threshold != point.category_threshold:
-            self._opinion = self.by_category(point.category_threshold)
-        return self._opinion
 
     @property
     def operating_point(self) -> OperatingPoint:
@@ -292,10 +283,12 @@ class Guard:
         return [self._verdict(check, latency, cached=cached) for check, cached in results]
 
     def _seconds(self, checks: int) -> float:
-        """What a batch may take: the timeout of one check for each round of the engine."""
+        """What a batch may take; as long again where what is unsafe is compared."""
+        return self._verdict_seconds(checks) * (2 if any(map(self.compared_with, _COMPARED)) else 1)
+
+    def _verdict_seconds(self, checks: int) -> float:
+        """What the verdicts of a batch may take: the timeout of one check for each round of the engine."""
         each = len(self.policy.categories) if self.dialect.one_category else 1
-        if self.second_opinion() is not None:
-            each += len(self.policy.categories)
         return self.settings.timeout * math.ceil(checks * each / self.backend.concurrency)
 
     async def _judge(self, checks: list[_Check]) -> list[_Check]:
@@ -451,9 +444,19 @@ class Guard:
         return await self._begin(check.content, check.policy.model_copy(update={"categories": (category,)}))
 
     async def _decide_whole(self, checks: Sequence[_Check]) -> None:
+        for some in self._rounds(checks):
+            await self._decide_some(some)
+
+    async def _score_exactly(self, checks: Sequence[_Check]) -> None:
+        for some in self._rounds(checks):
+            for check in await self._score_once(some, thought=False, exact=True):
+                check.error = VerdictError("The engine gave a bound where a probability was asked for.")
+
+    def _rounds(self, checks: Sequence[_Check]) -> Iterator[Sequence[_Check]]:
+        """What goes to the engine at once."""
         size = self.backend.concurrency if self.backend.depth_first else len(checks)
         for first in range(0, len(checks), max(size, 1)):
-            await self._decide_some(checks[first : first + size])
+            yield checks[first : first + size]
 
     async def _decide_some(self, checks: Sequence[_Check]) -> None:
         if not self._scores:
@@ -468,11 +471,12 @@ class Guard:
         if uncertain:
             await self._think(uncertain)
         bare = [check for check in checks if check.label == "unsafe" and check.thought is None]
-        opinion = self.second_opinion()
-        if opinion is not None:
-            await self._confirm(opinion, [check for check in bare if check.content.kind in CONFIRMED])
-            bare = [check for check in bare if check.content.kind not in CONFIRMED]
-        await self._name_categories(bare)
+        compared: list[_Check] = []
+        final: list[_Check] = []
+        for check in bare:
+            (compared if self.compared_with(check.content.kind) else final).append(check)
+        await self._compare(compared)
+        await self._name_categories(final)
 
     def _is_uncertain(self, check: _Check) -> bool:
         low, high = self.operating_point.band
@@ -554,26 +558,46 @@ class Guard:
         )
         await self._score([check for check in checks if check.error is None], thought=True)
 
-    async def _confirm(self, opinion: Guard, checks: Sequence[_Check]) -> None:
-        """Asks about what is unsafe category by category: what meets none of them is safe under this policy.
+    async def _compare(self, checks: Sequence[_Check]) -> None:
+        """Which category fits what is unsafe: where it is one that the policy leaves out, it is safe under this policy.
 
-        Where that fails, it stays unsafe.
+        Until that is known, and where it can't be asked in as much time as the verdict had, it stays unsafe.
         """
-        asked = [await opinion._begin(check.content, check.policy) for check in checks]
-        await opinion._decide(asked)
-        # The category that came nearest lies under its threshold by as much as the score then does.
-        scale = self.operating_point.threshold / opinion.operating_point.threshold
-        for check, one in zip(checks, asked, strict=True):
-            check.usage += one.usage
-            if one.error is not None or one.score is None:
-                check.unconfirmed = True
+        asked: list[tuple[_Check, list[_Check], list[_Check]]] = []
+        for check in checks:
+            check.unconfirmed = True
+            ask = self.by_category._of_category
+            own = [await ask(check, category) for category in _categories(check)]
+            others = [await ask(check, category) for category in self.compared_with(check.content.kind)]
+            asked.append((check, own, others))
+        try:
+            async with asyncio.timeout(self._verdict_seconds(len(checks))):
+                await self.by_category._score_exactly(
+                    [one for _, own, others in asked for one in (*own, *others)]
+                )
+        except TimeoutError:
+            log.warning("What was found unsafe couldn't be compared with what the policy leaves out in time.")
+            return
+        least = self.operating_point.category_threshold
+        for check, own, others in asked:
+            check.usage = sum((one.usage for one in (*own, *others)), check.usage)
+            failed = next((one for one in (*own, *others) if one.error is not None), None)
+            if failed is not None:
                 log.warning(
-                    "What was found unsafe couldn't be asked about category by category: %s", one.error
+                    "What was found unsafe couldn't be compared with what the policy leaves out: %s",
+                    failed.error,
                 )
                 continue
-            check.conclusion = one.conclusion
-            if one.label == "safe":
-                check.label, check.score = "safe", min(check.score or 0.0, scale * one.score)
+            check.unconfirmed = False
+            best, other = max(own, key=_log_odds), max(others, key=_log_odds)
+            met = [one for one in own if one is best or one.label == "unsafe"]
+            check.conclusion = f"Categories: {', '.join(one.policy.categories[0].id for one in met)}"
+            # That it is the better fit, of the two of which one is.
+            fits = 1 / (1 + math.exp(_log_odds(other) - _log_odds(best)))
+            if other.label == "unsafe" and fits < least:
+                # The score lies under its threshold by as much as the fit does.
+                score = self.operating_point.threshold * fits / least
+                check.label, check.score = "safe", min(check.score or 0.0, score)
 
     async def _name_categories(self, checks: Sequence[_Check]) -> None:
         """What a bare unsafe verdict is for. It explains a block and can't lift it."""
@@ -739,6 +763,12 @@ def _fitting(policy: Policy, tokens: int) -> Policy:
 
 def _categories(check: _Check) -> tuple[Category, ...]:
     return () if check.error is not None else check.policy.for_kind(check.content.kind).categories
+
+
+def _log_odds(check: _Check) -> float:
+    """How sure the guard is that what was asked about is met."""
+    met = min(max(check.score or 0.0, 1e-6), 1 - 1e-6)
+    return math.log(met / (1 - met))
 
 
 def _named(labels: Mapping[str, Label]) -> str:

@@ -18,7 +18,7 @@ from pydantic_settings import (
 
 from rsafe_plugins.backends import Backend
 from rsafe_plugins.errors import SettingsError
-from rsafe_plugins.guard.fitted import Band, Probability
+from rsafe_plugins.guard.fitted import Band, CategoryThreshold, Probability
 from rsafe_plugins.policy import Policy
 
 Reasoning = Literal["never", "always", "adaptive"]
@@ -42,9 +42,11 @@ class GuardSettings(BaseSettings):
         band: Lowest and highest probability at which adaptive reasoning thinks. None for the one that was fitted
             for the model, also beside a `threshold` of your own.
         category_threshold: What is found unsafe without a thought, prompt or response, is then asked about category by
-            category, and is safe if none is met with this probability; 0 doesn't ask. None for what was fitted
-            for the model, as with `threshold`, also beside a `threshold` of your own. For guards that were trained
-            so, on engines that give probabilities; with `reasoning: always` nothing is asked.
+            category, of the policy and of those of `rsafe-18` that it leaves out, and is safe if one of the policy
+            fits better with less than this probability; 0 doesn't ask. None for what was fitted for the model, as
+            with `threshold`, also beside a `threshold` of your own. For guards that were trained so, on engines that
+            give probabilities; with `reasoning: always` nothing is asked, nor where the policy has all of `rsafe-18` or
+            a category that isn't recognized.
         max_reasoning_tokens: Budget of the thought, in tokens; it is closed there and the verdict scored.
         timeout: Seconds for one check. A batch has that much for each round of checks that the engine works on
             at once.
@@ -70,7 +72,7 @@ class GuardSettings(BaseSettings):
     reasoning: Reasoning = "adaptive"
     threshold: Probability | Path | None = None
     band: Band | None = None
-    category_threshold: Probability | None = None
+    category_threshold: CategoryThreshold | None = None
     max_reasoning_tokens: int = Field(default=256, ge=1)
     timeout: float = Field(default=60.0, gt=0)
     on_error: OnError = "block"

@@ -22,8 +22,8 @@ class Verdict(BaseModel):
         label: What the model said; None when there is no verdict because something failed.
         blocked: What to do. Differs from the label only where the guard failed; then it follows `on_error`.
         score: Probability of unsafe, 0 to 1; None where the engine gives no probabilities. Of what is safe all the same
-            it may be an upper bound, where the exact one would take the engine another request. Where no category was
-            met when each was asked for, it lies under the threshold, by as much as the nearest category was missed.
+            it may be an upper bound, where the exact one would take the engine another request. Where a category that
+            the policy leaves out fits better, it lies under the threshold, by as much as that.
         categories: Ids of the policy's categories that the model named, in the policy's order.
         unknown_categories: What the model named as a category and the policy doesn't have.
         reasoning: The model's thought, where it thought.

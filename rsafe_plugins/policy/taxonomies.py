@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
@@ -11,8 +12,11 @@ import yaml
 
 from rsafe_plugins.errors import PolicyError
 from rsafe_plugins.policy import files
+from rsafe_plugins.policy.model import Category, ContentKind, Policy
 
 _HUB = "rsafe-18"
+_SHORT = 4  # letters of a word that only an ending may follow
+_BY_NAME = ("openai", "beavertails")  # taxonomies whose categories are known by their names
 
 
 @cache
@@ -49,3 +53,77 @@ def corresponding(category: str, taxonomy: str, to: str) -> tuple[str, ...]:
         if category in ([hub] if taxonomy == _HUB else row.get(taxonomy, ())):
             found.update(dict.fromkeys([hub] if to == _HUB else row.get(to, ())))
     return tuple(found)
+
+
+def left_out(policy: Policy, kind: ContentKind) -> tuple[Category, ...]:
+    """The categories of `rsafe-18` that a policy leaves out for a kind of content.
+
+    Its own are recognized by their names where these are of one of the taxonomies. Another one is recognized if each
+    word of its name is one of the table's, and is taken for whatever the words in all that it says could mean.
+
+    Returns:
+        The categories in the order of `rsafe-18`; none where the policy has all of them, or one isn't recognized, which
+        could mean anything.
+    """
+    has = [_recognized(category) for category in policy.categories if kind in category.applies_to]
+    if not has or not all(has):
+        return ()
+    return tuple(one for one in _hub().categories if not any(one.id in ids for ids in has))
+
+
+@cache
+def _hub() -> Policy:
+    return Policy.load(_HUB)
+
+
+def _recognized(category: Category) -> frozenset[str]:
+    """The categories of `rsafe-18` that it could mean, by their ids; none where nobody can say."""
+    name = _plain(category.name)
+    own = {one.id: one.description for one in _hub().categories if _plain(one.name) == name}
+    more = [category.description, *category.covers, *category.examples]
+    if own and not {*more} - {*own.values(), ""}:
+        return frozenset(own)
+    known = _names().get(name, frozenset()) | _names().get(_plain(category.id), frozenset()) | own.keys()
+    said = " ".join([name, *map(_plain, more)])
+    if not known:
+        rest = name
+        for words in _words().values():
+            rest = words.sub("", rest)
+        if rest == name or not {*rest.split()} <= {*_table()["fillers"].split()}:
+            return frozenset()
+        if not {*said.split()}.isdisjoint(_table()["broad"].split()):
+            return frozenset()
+    return known | {one for one, words in _words().items() if words.search(said)}
+
+
+@cache
+def _words() -> Mapping[str, re.Pattern[str]]:
+    """What recognizes each category of `rsafe-18`."""
+    found = {}
+    for one, row in _table()["rows"].items():
+        forms = [
+            rf"{word}\w*" if len(word) > _SHORT else rf"{word}(?:e?s|e?d|ing|ers?)?"
+            for word in row["words"].split()
+        ]
+        found[one] = re.compile(rf"\b(?:{'|'.join(forms).replace('-', ' ')})\b")
+    return found
+
+
+def _plain(text: str) -> str:
+    """In small letters, with single spaces between words."""
+    return " ".join(re.findall(r"[^\W_]+", text.casefold()))
+
+
+@cache
+def _names() -> Mapping[str, frozenset[str]]:
+    """The categories of other taxonomies, by name, and those of `rsafe-18` that correspond to them."""
+    named = [
+        (one.name, corresponding(one.id, "mlcommons", _HUB)) for one in Policy.load("mlcommons").categories
+    ]
+    for taxonomy in _BY_NAME:
+        names = {name for row in _table()["rows"].values() for name in row.get(taxonomy, ())}
+        named.extend((name, corresponding(name, taxonomy, _HUB)) for name in names)
+    found: dict[str, frozenset[str]] = {}
+    for name, ids in named:
+        found[_plain(name)] = found.get(_plain(name), frozenset()) | frozenset(ids)
+    return found

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from rsafe_plugins.alignment.by_category import (
     Question,
     Questions,
     category_batches,
+    category_passes,
     mixed,
 )
 from rsafe_plugins.alignment.categorize import Categorizer
@@ -94,6 +96,32 @@ def test_both_kinds_of_batches_are_encoded_as_each_alone(tiny_base: Path, tmp_pa
     assert both.encode(variant, examples) == Encoder(*given).encode(variant, examples)
 
 
+def test_the_categories_of_an_unsafe_content_compete(tiny_base: Path, tmp_path: Path) -> None:
+    warm = stage(tiny_base, tmp_path)
+    shared, sequences = warm.encoder.encode(None, ASKED)
+    met = [one.unsafest for one in sequences]
+    assert [
+        None if place is None else asked.questions[place].label
+        for place, asked in zip(met, ASKED, strict=True)
+    ] == ["unsafe" if any(q.label == "unsafe" for q in asked.questions) else None for asked in ASKED]
+    assert any(place is not None for place in met)
+    surer = []
+    for place, one in zip(met, sequences, strict=True):
+        if place is None:
+            continue
+        odds = []
+        for tokens, weights in one.endings:
+            ids = shared + one.prompt + tokens[: next(n for n, weight in enumerate(weights) if weight)]
+            safe, unsafe = warm.model(input_ids=torch.tensor([ids])).logits[
+                0, -1, list(warm.encoder.label_ids)
+            ]
+            odds.append(unsafe - safe)
+        surer.append(torch.nn.functional.cross_entropy(torch.stack(odds), torch.tensor(place)))
+    alone = [replace(one, unsafest=None) for one in sequences]
+    difference = warm._step(shared, sequences) - warm._step(shared, alone)
+    assert difference == pytest.approx(float(sum(surer)) / len(ASKED), rel=1e-3)
+
+
 def test_training_lowers_the_loss(tiny_base: Path, tmp_path: Path) -> None:
     warm = stage(tiny_base, tmp_path)
     warm.train(((None, ASKED) for _ in range(8)), total=1000)
@@ -134,7 +162,8 @@ def test_what_no_item_meets_is_not_asked_about_and_what_many_meet_is_asked_about
     asks, chance = asker(*items), random.Random(0)
     asked = [one.category.id for _ in range(50) for one in asks.questions(item("safe"), chance).questions]
     assert set(asked) == {"U7", "U9", "U10"}
-    asks = asker(*items, *items, item("unsafe", "Defamation"), item("unsafe", "Sexual Content"))
+    rare = ("Defamation", "Sexual Content", "Violent Crimes", "Non-Violent Crimes")
+    asks = asker(*items, *items, *(item("unsafe", kind) for kind in rare))
     asked = [one.category.id for _ in range(300) for one in asks.questions(item("safe"), chance).questions]
     assert asked.count("U10") > asked.count("U12")
 
@@ -171,6 +200,17 @@ def test_an_unsafe_item_that_names_nothing_gets_the_category_of_its_words() -> N
     assert asks.answerable([unnamed]) == [unnamed]
     asked = asks.questions(unnamed, random.Random(0)).questions
     assert {one.category.id: one.label for one in asked} == {"U10": "unsafe", "U7": "safe"}
+
+
+def test_where_the_whole_policy_is_asked_about_too_only_categories_are_taught() -> None:
+    many = [item("unsafe", "Hate")] * 400
+    unnamed = item("unsafe").model_copy(update={"prompt": "Bake bread!"})
+    named = [item("unsafe", kind) for kind in KINDS if kind != "Hate"]
+    items = [item("safe"), *named, unnamed, item("unsafe", task="document"), *many]
+    chosen = asker(*items).of_known_category(items)
+    assert chosen == [*named, *many[:300]]
+    passes = category_passes(chosen[:5], 5, 0, asker(*items))
+    assert len({repr(next(passes)) for _ in range(4)}) == 4
 
 
 def test_where_no_word_stands_in_two_texts_no_category_is_guessed() -> None:

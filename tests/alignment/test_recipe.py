@@ -13,7 +13,8 @@ from rsafe_plugins.errors import SettingsError
 
 
 @pytest.mark.parametrize(
-    ("stage", "names"), [(WarmStartSettings, {"embedded"}), (GRPOSettings, {"embedded", "rsafe-7b"})]
+    ("stage", "names"),
+    [(WarmStartSettings, {"embedded", "embedded-categories"}), (GRPOSettings, {"embedded", "rsafe-7b"})],
 )
 def test_the_packages_recipes_can_be_used(stage: type[StageSettings], names: set[str]) -> None:
     assert set(recipe_names(stage)) == names

@@ -8,6 +8,7 @@ import torch
 
 from rsafe_plugins import Category, Content, Policy
 from rsafe_plugins.alignment.examples import Example, PolicyVariant
+from rsafe_plugins.alignment.export import ExportError, export_gguf, read_gguf
 from rsafe_plugins.alignment.recipe import WarmStartSettings
 from rsafe_plugins.alignment.warm_start import AlignmentError, WarmStart
 from rsafe_plugins.guard.prompt import GuardPrompt
@@ -75,12 +76,15 @@ def test_training_lowers_the_loss_changes_the_adapter_and_keeps_a_log(
     assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if "lora_B" in name)
 
 
-def test_training_goes_on_from_an_adapter(tiny_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["a folder for PEFT", "a file for llama.cpp"])
+def test_training_goes_on_from_an_adapter(tiny_base: Path, tmp_path: Path, form: str) -> None:
     first = stage(tiny_base, tmp_path / "first", learning_rate=5e-3, warmup_steps=1)
     first.train([(VARIANT, EXAMPLES)] * 2, total=12)
-    folder = first.save()
+    adapter = first.save()
+    if "file" in form:
+        adapter = export_gguf(adapter, first.base_config, tmp_path / "adapter.gguf", name="tiny")
     went_on = WarmStart(
-        tiny_base, GuardPrompt(), WarmStartSettings(micro_batch=2), tmp_path / "second", adapter=folder
+        tiny_base, GuardPrompt(), WarmStartSettings(micro_batch=2), tmp_path / "second", adapter=adapter
     )
     assert went_on.step(VARIANT, EXAMPLES) == pytest.approx(first.step(VARIANT, EXAMPLES), rel=1e-4)
     assert any(gradient.abs().max() > 0 for gradient in gradients(went_on.model).values())
@@ -93,6 +97,38 @@ def test_an_adapter_of_another_shape_is_refused(tiny_base: Path, tmp_path: Path)
         WarmStart(tiny_base, GuardPrompt(), settings, tmp_path / "second", adapter=folder)
     with pytest.raises(AlignmentError, match="can't be loaded"):
         WarmStart(tiny_base, GuardPrompt(), settings, tmp_path / "second", adapter=tmp_path)
+
+
+def test_a_file_for_llama_cpp_that_is_no_such_adapter_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    first = stage(tiny_base, tmp_path / "first")
+    file = export_gguf(first.save(), first.base_config, tmp_path / "adapter.gguf", name="tiny")
+    settings = WarmStartSettings(rank=8)
+    with pytest.raises(AlignmentError, match=r"of another rank.*asks for \(rank 8\)"):
+        WarmStart(tiny_base, GuardPrompt(), settings, tmp_path / "second", adapter=file)
+    for change in ({"model_type": "qwen2"}, {"num_attention_heads": 5}):
+        with pytest.raises(ExportError, match=r"for llama, and the base is qwen2|isn't for this base"):
+            read_gguf(file, {**first.base_config, **change})
+    config = json.loads((tmp_path / "first" / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "first" / "adapter" / "adapter_config.json").write_text(
+        json.dumps({**config, "lora_alpha": 8})
+    )
+    other = export_gguf(tmp_path / "first" / "adapter", first.base_config, tmp_path / "b.gguf", name="tiny")
+    with pytest.raises(AlignmentError, match="alpha 8 and the rank 16"):
+        WarmStart(tiny_base, GuardPrompt(), WarmStartSettings(), tmp_path / "second", adapter=other)
+    file.write_bytes(b"GGUF")
+    with pytest.raises(AlignmentError, match="must be a GGUF adapter"):
+        WarmStart(tiny_base, GuardPrompt(), settings, tmp_path / "second", adapter=file)
+
+
+def test_bfloat16_trains_the_same_adapter_less_precisely(tiny_base: Path, tmp_path: Path) -> None:
+    exact, fast = (stage(tiny_base, tmp_path / name, dtype=name) for name in ("float32", "bfloat16"))
+    assert fast.step(VARIANT, EXAMPLES) == pytest.approx(exact.step(VARIANT, EXAMPLES), rel=0.05)
+    assert {one.dtype for one in fast.model.parameters()} == {torch.float32, torch.bfloat16}
+    assert {one.dtype for one in fast.model.parameters() if one.requires_grad} == {torch.float32}
+    # A rounded frequency would train the adapter for other positions than it is used at.
+    assert {one.dtype for one in fast.model.buffers()} == {torch.float32}
+    fast.train([(VARIANT, EXAMPLES)] * 2, total=12)
+    assert all(torch.isfinite(one).all() for one in fast.model.parameters())
 
 
 def test_the_same_seed_trains_the_same_adapter(tiny_base: Path, tmp_path: Path) -> None:

@@ -103,54 +103,21 @@ def test_fitting_without_thoughts_judges_once_and_never_thinks(
     assert "leave --reasoning out" in capsys.readouterr().err
 
 
-def _template(folder: Path) -> Path:
-    path = folder / "mine.jinja"
-    path.write_text("{% for c in categories %}{{ c.id }}{% endfor %} {{ conversation }}")
-    return path
-
-
-def test_fitting_categories_writes_from_when_one_is_met(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_threshold_of_categories_is_written_beside_what_is_fitted_and_changes_nothing_of_it(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def candidates(request: Request) -> dict[str, float]:
-        met = 0.6 if "Category: Hate" in request.messages[-1].content else 0.2
-        return (
-            {"safe": 1 - met, "unsafe": met}
-            if "Category: " in request.messages[-1].content
-            else probability(request)
-        )
+        asked_about_one = "Category: " in request.messages[-1].content
+        return {"safe": 0.9, "unsafe": 0.1} if asked_about_one else probability(request)
 
     backend = ScriptedBackend("", candidates=candidates)
     monkeypatch.setattr(common, "make_guard", lambda **given: Guard(**{**given, "backend": backend}))
-    file = tmp_path / "fitted.yaml"
-    command = ["eval", str(data), "--reasoning", "never", "--fit", str(file), "--fit-categories"]
-    assert main([*command, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["category_threshold"] == 0.6
-    guard = Guard(backend=backend, threshold=file)
-    assert guard.operating_point.category_threshold == 0.6
-    assert main(command) == 0
-    assert "a category is met from 0.6 on" in " ".join(capsys.readouterr().out.split())
-    assert main(["eval", str(data), "--fit-categories"]) == 2
-    assert "--fit-categories is for --fit" in capsys.readouterr().err
-    assert main([*command, "--category-threshold", "0.3"]) == 2
-    assert "leave --category-threshold out" in capsys.readouterr().err
-    assert main([*command, "--template", str(_template(tmp_path))]) == 0
-    assert main([*command, "--dialect", "llama-guard"]) == 2
-    assert "isn't asked category by category" in " ".join(capsys.readouterr().err.split())
-
-
-def test_where_the_second_question_fails_no_category_is_asked_about(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def candidates(request: Request) -> dict[str, float]:
-        return {} if "Category: " in request.messages[-1].content else probability(request)
-
-    backend = ScriptedBackend("", candidates=candidates)
-    monkeypatch.setattr(common, "make_guard", lambda **given: Guard(**{**given, "backend": backend}))
-    file = tmp_path / "fitted.yaml"
-    assert main(["eval", str(data), "--reasoning", "never", "--fit", str(file), "--fit-categories"]) == 0
-    assert "none is asked about" in " ".join(capsys.readouterr().err.split())
-    assert Guard(backend=backend, threshold=file).operating_point.category_threshold == 0
+    points = []
+    for options in ([], ["--category-threshold", "0.3"]):
+        file = tmp_path / f"{len(options)}.yaml"
+        assert main(["eval", str(data), "--reasoning", "never", "--fit", str(file), *options]) == 0
+        points.append(Guard(backend=backend, threshold=file).operating_point)
+    assert points[1] == points[0].model_copy(update={"category_threshold": 0.3})
 
 
 def test_fitting_needs_both_labels(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@ import random
 
 from rsafe_plugins import Verdict
 from rsafe_plugins.backends import Usage
-from rsafe_plugins.evaluation.fit import LARGEST_SHARE, fit, fit_categories
+from rsafe_plugins.evaluation.fit import LARGEST_SHARE, fit
 from rsafe_plugins.evaluation.items import LabelledItem
 
 
@@ -13,14 +13,6 @@ def item(unsafe: bool) -> LabelledItem:
 def verdict(score: float | None, tokens: int = 0) -> Verdict:
     label = None if score is None else "unsafe"
     return Verdict(label=label, blocked=True, score=score, usage=Usage(completion_tokens=tokens))
-
-
-def test_few_that_were_rightly_found_unsafe_are_let_through() -> None:
-    scores = [0.1, 0.2, 0.3, *(0.5 + 0.004 * n for n in range(97))]
-    threshold = fit_categories(scores)
-    assert sum(score < threshold for score in scores) == 3
-    assert fit_categories(scores[:20]) == 0.1
-    assert fit_categories([]) == 0.0
 
 
 LABELS = [False] * 50 + [True] * 50

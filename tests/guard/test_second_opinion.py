@@ -1,4 +1,4 @@
-"""What is unsafe, asked about once more, category by category."""
+"""What is unsafe under a policy of few categories, compared with those that the policy leaves out."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ from rsafe_plugins.testing import ScriptedBackend
 
 THEFT, HATE = Category(id="A", name="Theft"), Category(id="B", name="Hate")
 POLICY = Policy(name="house", categories=(THEFT, HATE))
+LEFT_OUT = 15  # of rsafe-18's
 
 
 def is_second(request: Request) -> bool:
     return "\nCategory: " in request.messages[-1].content
 
 
-def probabilities(
-    unsafe: float = 0.9, *, theft: float = 0.2, hate: float = 0.2
-) -> Callable[[Request], dict[str, float]]:
-    """One for the whole policy and one for each category."""
+def probabilities(unsafe: float = 0.9, **of: float) -> Callable[[Request], dict[str, float]]:
+    """One for the whole policy and one for each category: 0.1, but for drugs 0.5."""
 
     def candidates(request: Request) -> dict[str, float]:
-        of = {"Theft": theft, "Hate": hate}
-        name = request.messages[-1].content.rpartition("\nCategory: ")[2].split(".")[0]
-        probability = of[name] if is_second(request) else unsafe
+        name = request.messages[-1].content.rpartition("\nCategory: ")[2].split(".")[0].split()[0].casefold()
+        probability = {"drugs": 0.5, **of}.get(name, 0.1) if is_second(request) else unsafe
         return {"safe": 1 - probability, "unsafe": probability}
 
     return candidates
 
 
-def engine(unsafe: float = 0.9, *, theft: float = 0.2, hate: float = 0.2) -> ScriptedBackend:
+def engine(unsafe: float = 0.9, **of: float) -> ScriptedBackend:
     return ScriptedBackend(
         lambda request: "a thought" if request.prefill == "<think>" else " A",
-        candidates=probabilities(unsafe, theft=theft, hate=hate),
+        candidates=probabilities(unsafe, **of),
     )
 
 
 def words(second: Callable[[str], bool]) -> Callable[[Request], dict[str, float]]:
-    """Everything is unsafe; what meets a category, the prompt's words say."""
+    """Everything is unsafe, and about drugs, unless the prompt's words say that it meets a category."""
 
     def candidates(request: Request) -> dict[str, float]:
-        probability = float(second(request.messages[-1].content)) if is_second(request) else 0.9
+        prompt = request.messages[-1].content
+        met = 0.99 if second(prompt) else 0.5 if "Category: Drugs" in prompt else 0.01
+        probability = met if is_second(request) else 0.9
         return {"safe": 1 - probability, "unsafe": probability}
 
     return candidates
@@ -61,7 +61,7 @@ Completions = list[Completion | BackendError]
 
 
 class Faulty(ScriptedBackend):
-    """An engine in which nothing meets a category, and whose second answers a fault makes, until it is well."""
+    """An engine in which everything is about drugs, and whose second answers a fault makes, until it is well."""
 
     def __init__(self, fault: Callable[[Completions], Awaitable[Completions]]) -> None:
         super().__init__(candidates=probabilities())
@@ -105,16 +105,67 @@ def guard(backend: ScriptedBackend, policy: Policy = POLICY, **settings: object)
     return Guard(policy, backend=backend, **given)  # type: ignore[arg-type]
 
 
-def test_what_meets_a_category_stays_unsafe_and_names_it() -> None:
+def test_what_a_category_of_the_policy_fits_best_stays_unsafe_and_names_it() -> None:
     verdict = guard(engine(hate=0.9)).check("x")
     assert (verdict.label, verdict.score, verdict.categories) == ("unsafe", pytest.approx(0.9), ("B",))
     assert guard(engine(hate=0.9, theft=0.6)).check("x").categories == ("A", "B")
+    # What meets none of those that are left out stays, though nothing of its own fits well.
+    assert guard(engine(hate=0.05, theft=0.01, drugs=0.45)).check("x").categories == ("B",)
 
 
-def test_what_meets_none_is_safe_by_as_much_as_the_nearest_is_missed() -> None:
-    verdict = guard(engine(theft=0.25)).check("x")
+def test_what_one_that_is_left_out_fits_better_is_safe_by_as_much_as_that() -> None:
+    verdict = guard(engine(theft=0.2)).check("x")
     assert (verdict.label, verdict.blocked, verdict.categories) == ("safe", False, ())
-    assert verdict.score == pytest.approx(0.4 * 0.25 / 0.5)
+    odds = 0.2 / 0.8
+    assert verdict.score == pytest.approx(0.4 * (odds / (odds + 1)) / 0.5)
+
+
+@pytest.mark.parametrize(("threshold", "blocked"), [(0.1, True), (0.19, True), (0.21, False), (0.99, False)])
+def test_the_threshold_is_how_well_it_must_fit(threshold: float, blocked: bool) -> None:
+    # Odds of 1 to 4 against even odds: it is the better fit with a probability of 0.2.
+    assert guard(engine(theft=0.2), category_threshold=threshold).check("x").blocked is blocked
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Policy.load("rsafe-18"),
+        Policy.load("mlcommons"),
+        POLICY.model_copy(update={"categories": (THEFT, Category(id="C", name="Competitors"))}),
+    ],
+    ids=["it has them all", "another taxonomy", "one that nobody knows"],
+)
+def test_a_policy_that_leaves_nothing_out_or_nobody_knows_what_is_not_compared(policy: Policy) -> None:
+    backend = engine()
+    assert guard(backend, policy).check("x").blocked
+    assert not any(map(is_second, backend.requests))
+
+
+def test_a_bound_is_no_answer() -> None:
+    class Bounding(ScriptedBackend):
+        async def complete(self, requests: Sequence[Request]) -> Completions:
+            completions = await super().complete(requests)
+            return [
+                replace(one, bounded=frozenset({"unsafe"}) if is_second(request) else frozenset())
+                for request, one in zip(requests, completions, strict=True)
+                if isinstance(one, Completion)
+            ]
+
+    assert guard(Bounding(candidates=probabilities(drugs=0.9))).check("x").blocked
+
+
+def test_examples_that_the_prompt_has_no_room_for_still_count_as_the_policys() -> None:
+    theft = THEFT.model_copy(update={"examples": ("Where do I steal drugs? " * 40,)})
+    policy = Policy(name="house", categories=(theft, HATE))
+    roomy, tight = (guard(engine(), policy, policy_tokens=tokens) for tokens in (2000, 100))
+    assert tight.policy != roomy.policy
+    assert tight.compared_with("prompt") == roomy.compared_with("prompt")
+
+
+def test_an_engine_that_only_writes_is_not_asked_about_categories() -> None:
+    backend = ScriptedBackend(r"\boxed{unsafe}")
+    assert guard(backend).check("x").blocked
+    assert not any(map(is_second, backend.requests))
 
 
 def test_the_verdict_follows_the_policy() -> None:
@@ -124,7 +175,7 @@ def test_the_verdict_follows_the_policy() -> None:
 
 
 def test_what_is_safe_takes_one_request_and_nothing_makes_it_unsafe() -> None:
-    backend = engine(0.1, hate=0.9)
+    backend = engine(0.1, hate=0.9, drugs=0.1)
     assert guard(backend).check("x").label == "safe"
     assert len(backend.requests) == 1
 
@@ -170,7 +221,7 @@ def test_the_fitted_threshold_counts_unless_another_is_given(tmp_path: Path) -> 
     write(file, "scripted", {"house": OperatingPoint(threshold=0.4, category_threshold=0.5)})
     fitted = Guard(POLICY, backend=engine(), reasoning="never", threshold=file)
     assert not fitted.check("x").blocked
-    for given, requests in ((0, 0), (0.1, 2)):
+    for given, requests in ((0, 0), (0.05, 2 + LEFT_OUT)):
         backend = engine()
         own = Guard(POLICY, backend=backend, reasoning="never", threshold=file, category_threshold=given)
         assert own.check("x").blocked
@@ -201,26 +252,41 @@ def test_a_model_that_is_known_late_is_asked_by_what_was_fitted_for_it(tmp_path:
     assert not Guard(POLICY, backend=backend, reasoning="never", threshold=file).check("x").blocked
 
 
-def test_the_second_question_has_a_time_of_its_own() -> None:
-    class Slow(ScriptedBackend):
-        depth_first, concurrency = True, 1
+class Slow(ScriptedBackend):
+    """An engine for one request at a time, whose second answers come after so many seconds."""
 
-        async def complete(self, requests: Sequence[Request]) -> Completions:
-            await asyncio.sleep(0.05 * len(requests))
-            return await super().complete(requests)
+    depth_first, concurrency = True, 1
 
-    # 27 requests take 1.35 s, more than nine checks of one request each are given, and less than half of what these are.
-    slow = Slow(candidates=words(lambda prompt: "harm" in prompt))
-    texts = [*(f"mild {n}" for n in range(8)), "harm"]
-    verdicts = guard(slow, timeout=0.14, on_error="allow").check_many(texts)
-    assert [verdict.label for verdict in verdicts] == ["safe"] * 8 + ["unsafe"]
+    def __init__(self, seconds: Callable[[str], float]) -> None:
+        super().__init__(candidates=words(lambda prompt: "harm" in prompt))
+        self.seconds = seconds
+
+    async def complete(self, requests: Sequence[Request]) -> Completions:
+        second = is_second(requests[0])
+        await asyncio.sleep(self.seconds(requests[0].messages[-1].content) if second else 0.2)
+        return await super().complete(requests)
 
 
-def test_what_stayed_unsafe_for_a_failure_is_logged_and_not_kept(caplog: pytest.LogCaptureFixture) -> None:
-    backend = Faulty(down)
-    asked = guard(backend, cache=3600)
+def test_the_second_question_has_as_much_time_as_the_first() -> None:
+    slow = Slow(lambda prompt: 0.2 / (2 + LEFT_OUT))
+    verdicts = guard(slow, timeout=0.3, on_error="allow").check_many(["mild", "harm"])
+    assert [verdict.label for verdict in verdicts] == ["safe", "unsafe"]
+
+
+def test_a_second_question_that_hangs_takes_no_time_from_other_checks() -> None:
+    slow = Slow(lambda prompt: 60 if "stuck" in prompt else 0)
+    verdicts = guard(slow, timeout=0.3, on_error="allow").check_many(["stuck", "mild", "harm"])
+    assert [verdict.label for verdict in verdicts] == ["unsafe", "safe", "unsafe"]
+
+
+@pytest.mark.parametrize("fault", [down, hanging], ids=lambda f: f.__name__)
+def test_what_stayed_unsafe_for_a_failure_is_not_kept(
+    fault: Callable[[Completions], Awaitable[Completions]], caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = Faulty(fault)
+    asked = guard(backend, cache=3600, timeout=0.2)
     assert asked.check("x").blocked
-    assert "couldn't be asked about category by category: down" in caplog.text
+    assert "couldn't be compared with what the policy leaves out" in caplog.text
     backend.well = True
     assert not asked.check("x").blocked
     count = len(backend.requests)
@@ -237,7 +303,7 @@ def test_what_stayed_unsafe_for_a_failure_is_judged_again_by_the_next_run(tmp_pa
     backend.well = False
     assert not judge(items, lambda item: guard(backend), store)[0].blocked
     # Another threshold of categories is another verdict.
-    assert judge(items, lambda item: guard(backend, category_threshold=0.1), store)[0].blocked
+    assert judge(items, lambda item: guard(backend, category_threshold=0.01), store)[0].blocked
 
 
 def test_the_tokens_of_both_questions_are_counted() -> None:
@@ -246,7 +312,9 @@ def test_the_tokens_of_both_questions_are_counted() -> None:
             completions = await super().complete(requests)
             return [replace(one, usage=Usage(10)) for one in completions if isinstance(one, Completion)]
 
-    assert guard(Counting(candidates=probabilities())).check("x").usage.prompt_tokens == 30
+    assert guard(Counting(candidates=probabilities())).check("x").usage.prompt_tokens == 10 * (
+        1 + 2 + LEFT_OUT
+    )
 
 
 def test_a_text_in_parts_is_asked_about_part_by_part() -> None:
