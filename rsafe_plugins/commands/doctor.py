@@ -46,10 +46,10 @@ OPTIONAL = {
 _FETCH = shlex.join([sys.executable, "-m", "rsafe_plugins.cli", "check", "--backend", "embedded", "hello"])
 
 
-_HARDLY_READS = (
-    "the embedded guard finds what is harmful in general, and leaves alone what falls under a category of rsafe-18 "
-    "that your policy leaves out; of categories that rsafe-18 doesn't have it knows nothing (see its model card): for "
-    "these, name a larger guard model as the backend"
+_OWN_POLICY = (
+    "the embedded guard follows it in part: it finds what is harmful in general, and often, not always, leaves alone "
+    "what falls under a category of rsafe-18 that your policy leaves out; of categories that rsafe-18 doesn't have it "
+    "knows nothing (see its model card): where that matters, name a larger guard model as the backend"
 )
 
 
@@ -137,7 +137,7 @@ def _verdict() -> Iterator[Finding]:
     else:
         yield Finding("a verdict", True, f"{verdict.label}, in {verdict.latency_ms / 1000:.2f} s")
         if chosen_model() is None:
-            yield Finding("your own policy", None, _HARDLY_READS)
+            yield Finding("your own policy", None, _OWN_POLICY)
 
 
 def _settings() -> Iterator[Finding]:

@@ -296,7 +296,10 @@ def test_the_command_leaves_an_adapter_for_llama_cpp_and_what_reproduces_it(
     [
         (["--stage", "warm-start", "--rollouts", "vllm"], "--rollouts is for the stage grpo"),
         (["--stage", "warm-start", "--set", "group_size=4"], "group_size, which there is not"),
-        (["--stage", "warm-start", "--recipe", "rsafe-7b"], "one of embedded, embedded-categories, and there is no rsafe-7b"),
+        (
+            ["--stage", "warm-start", "--recipe", "rsafe-7b"],
+            "one of embedded, embedded-categories, and there is no rsafe-7b",
+        ),
         (["--stage", "warm-start", "--by-category", "--template", "t.txt"], "leave --template out"),
         (["--stage", "grpo", "--stop-at-policy"], "is for the stage warm-start"),
         (["--stage", "grpo", "--set", "steps"], "--set NAME=VALUE"),
