@@ -76,6 +76,8 @@ class WarmStartSettings(StageSettings):
         micro_batch: Examples computed at once; only memory and speed depend on it.
         max_prompt_tokens: A prompt or document is cut after so many tokens, in training only.
         max_response_tokens: A response likewise; the prompt before it is cut at half as many.
+        prompts_as_documents: So many harmless prompts of at most 40 words are also judged as documents, in which there
+            is no injected instruction; fewer if the data has fewer. What is held out has them too.
         policies: How the policy of each batch is drawn.
         thoughts: Share of examples that teach a thought beside the bare verdict, 0 to 1.
         category_weight: Weight of the categories that follow a bare verdict; the verdict's is 1.
@@ -96,6 +98,7 @@ class WarmStartSettings(StageSettings):
     micro_batch: int = Field(default=4, ge=1)
     max_prompt_tokens: int = Field(default=128, ge=8)
     max_response_tokens: int = Field(default=96, ge=8)
+    prompts_as_documents: int = Field(default=0, ge=0)
     policies: PolicyMix = PolicyMix(whole=0.5, names=0.3, reworded=0.1)
     thoughts: float = Field(default=0.2, ge=0, le=1)
     category_weight: float = Field(default=0.1, ge=0)

@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import platform
+import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +24,7 @@ from rsafe_plugins.errors import SettingsError
 
 if TYPE_CHECKING:
     from rsafe_plugins.alignment.data import TrainingData, TrainingFile
+    from rsafe_plugins.evaluation.items import LabelledItem
 
 _WARM_START, _GRPO = "warm-start", "grpo"
 _PACKAGES = ("rsafe-plugins", "torch", "transformers", "peft", "trl", "vllm")
@@ -232,8 +234,8 @@ class _Job:
             "held_out": self.held_out,
         }
 
-    def write_held_out(self, data: TrainingData) -> None:
-        lines = "".join(item.model_dump_json() + "\n" for item in data.held_out)
+    def write_held_out(self, items: Iterable[LabelledItem]) -> None:
+        lines = "".join(item.model_dump_json() + "\n" for item in items)
         (self.out / "held-out.jsonl").write_text(lines, "utf-8")
 
 
@@ -254,7 +256,7 @@ def _warm_start(job: _Job, recipe: str | None, options: dict[str, Any]) -> dict[
         mixed,
     )
     from rsafe_plugins.alignment.categorize import Categorizer
-    from rsafe_plugins.alignment.examples import batches, category_ids
+    from rsafe_plugins.alignment.examples import as_documents, batches, category_ids
     from rsafe_plugins.alignment.warm_start import WarmStart
     from rsafe_plugins.backends.weights import embedded_weights
     from rsafe_plugins.guard.dialects.rsafe_by_category import RSafeByCategory
@@ -263,30 +265,34 @@ def _warm_start(job: _Job, recipe: str | None, options: dict[str, Any]) -> dict[
     base = settings.base or str(embedded_weights())
     run = {**job.record(), "template_by_category": RSafeByCategory().prompt.digest}
     stage = WarmStart(base, GuardPrompt(job.template), settings, job.out, run, job.adapter, MixedEncoder)
+    items, held_out = (
+        [*some, *as_documents(some, settings.prompts_as_documents, random.Random(settings.seed))]
+        for some in (data.items, data.held_out)
+    )
     if stage.rank == 0:
-        job.write_held_out(data)
+        job.write_held_out(held_out)
     categorizer = Categorizer([*data.items, *data.unused], category_ids)
     drawn: Iterator[tuple[Any, Sequence[Any]]] = batches(
-        data.items,
+        items,
         settings.batch,
         settings.seed,
         categorizer,
         policies=settings.policies,
         thoughts=settings.thoughts,
     )
-    most = float(len(data.items))
+    most = float(len(items))
     if share == 1:
-        asker = Asker(data.items, categorizer)
-        items = asker.answerable(data.items)
-        most = len(items)
-        drawn = category_batches(items, settings.batch, settings.seed, asker)
+        asker = Asker(items, categorizer)
+        answerable = asker.answerable(items)
+        most = len(answerable)
+        drawn = category_batches(answerable, settings.batch, settings.seed, asker)
     elif share > 0:
-        items = Asker(data.items, categorizer).of_known_category(data.items)
-        if not items:
+        known = Asker(items, categorizer).of_known_category(items)
+        if not known:
             raise SettingsError(
                 "by_category needs unsafe prompts or responses that name their category: set it to 0."
             )
-        asked = category_passes(items, settings.batch, settings.seed, Asker(items, categorizer))
+        asked = category_passes(known, settings.batch, settings.seed, Asker(known, categorizer))
         most /= 1 - share
         drawn = mixed(drawn, asked, share, settings.seed)
     total = int(min(math.ceil(most), settings.items or math.inf))
@@ -339,7 +345,7 @@ def _grpo(job: _Job, recipe: str | None, options: dict[str, Any]) -> dict[str, A
         job.adapter,
     )
     if stage.rank == 0:
-        job.write_held_out(data)
+        job.write_held_out(data.held_out)
     with _progress(shown=stage.rank == 0) as progress:
         bar = progress.add_task(_GRPO, total=stage.steps, figure="")
         stage.train(lambda step, reward: progress.update(bar, completed=step, figure=f"reward {reward:.3f}"))

@@ -5,6 +5,7 @@ import pytest
 
 from rsafe_plugins.alignment.recipe import WarmStartSettings, load_recipe
 from rsafe_plugins.cli import main
+from rsafe_plugins.evaluation.items import read_items
 
 pytestmark = pytest.mark.align
 
@@ -39,6 +40,39 @@ def test_training_leaves_an_adapter_for_peft_and_for_llama_cpp_and_says_what_was
     assert (out / "adapter" / "adapter_model.safetensors").exists()
     assert len((out / "held-out.jsonl").read_text().splitlines()) == 4
     assert json.loads((out / "log.jsonl").read_text().splitlines()[-1])["seen"] == 16
+
+
+def test_harmless_prompts_are_judged_as_documents_too(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "data.jsonl")
+    command = [
+        "align",
+        "--stage",
+        "warm-start",
+        f"{data}@8",
+        "--base",
+        str(tiny_base),
+        "--held-out",
+        "0",
+        "--json",
+    ]
+    asked = {}
+    for documents in (0, 3):
+        out = tmp_path / f"run{documents}"
+        assert main([*command, "--out", str(out), "--set", f"prompts_as_documents={documents}"]) == 0
+        asked[documents] = json.loads(capsys.readouterr().out)["items"]
+    assert asked == {0: 8, 3: 11}
+
+
+def test_what_is_held_out_has_such_documents_too(tiny_base: Path, tmp_path: Path) -> None:
+    data, out = write(tmp_path / "data.jsonl"), tmp_path / "run"
+    command = ["align", "--stage", "warm-start", f"{data}@8", "--base", str(tiny_base), "--out", str(out)]
+    assert main([*command, "--held-out", "4", "--set", "prompts_as_documents=9", "--set", "items=8"]) == 0
+    held_out = read_items(out / "held-out.jsonl")
+    harmless = {one.prompt for one in held_out[:4] if not one.unsafe}
+    assert harmless
+    assert {one.document for one in held_out[4:]} == harmless
 
 
 def test_base_and_adapter_can_be_written_as_one_folder(
