@@ -249,6 +249,7 @@ class Guard:
 
         Raises:
             PolicyError: No category of the policy applies to this kind of content.
+            TemplateError: The template can't be used for it.
             RSafeError: The check failed and `on_error` is `raise`.
         """
         return self.check_many([content])[0]
@@ -259,6 +260,7 @@ class Guard:
         Raises:
             TypeError: It isn't a list of contents, or one is neither a content nor a str.
             PolicyError: No category of the policy applies to one of the kinds of content.
+            TemplateError: The template can't be used for one of them.
             RSafeError: A check failed and `on_error` is `raise`.
         """
         return loop.run_blocking(self._check_many(_listed(contents), threading.get_ident()))

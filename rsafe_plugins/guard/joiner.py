@@ -34,7 +34,7 @@ class Joiner:
     """Joins single requests of callers that run at the same time.
 
     A caller that is alone waits for nobody. One that came while another's request was under way waits until no
-    more come, 20 ms at most. A caller that is cancelled takes nothing from the others; when all of a call are,
+    more come, 80 ms at most. A caller that is cancelled takes nothing from the others; when all of a call are,
     the call is.
 
     Args:

@@ -56,15 +56,15 @@ class GuardPrompt:
 
     Args:
         template: A Jinja template file; None for RSafe's structure in our wording. It sees `categories` (each
-            with `id`, `name`, `description`, `covers`, `allows`), `policy` (its name), `kind` (`prompt`, `response`,
-            `document`, `tool_call`, `tool_result`), `reasoning` (`open` or `skip`) and the conversation: either
-            `conversation`, with a line for each turn, which must stand in it exactly once; or `turns` (each with
-            `title`, such as User, Agent or Tool result, `name` of the tool, and `text`) for another form. What it
-            makes is one user message.
+            with `id`, `name`, `description`, `covers`, `allows`, `examples`, `allowed_examples`), `policy` (its name),
+            `kind` (`prompt`, `response`, `document`, `tool_call`, `tool_result`), `reasoning` (`open` or `skip`) and
+            the conversation: either `conversation`, with a line for each turn, which must stand in it exactly once; or
+            `turns` (each with `title`, such as User, Agent or Tool result, `name` of the tool, and `text`) for another
+            form. What it makes is one user message.
         delimiters: What content can't write beside the template's own tags, such as what an answer begins with.
 
     Raises:
-        TemplateError: The file can't be read, isn't a Jinja template, or doesn't hold the conversation once.
+        TemplateError: The file can't be read or isn't a Jinja template; what else is wrong with it shows in use.
     """
 
     def __init__(self, template: str | Path | None = None, delimiters: tuple[str, ...] = ()) -> None:
@@ -93,7 +93,7 @@ class GuardPrompt:
 
         Raises:
             PolicyError: No category of the policy applies to this kind of content.
-            TemplateError: The template fails on this policy or kind.
+            TemplateError: The template fails on this policy or kind, or doesn't hold the conversation once.
         """
         static = 0
         if self._takes_turns:

@@ -52,16 +52,16 @@ def text_of(content: Any) -> Text:
     """
     texts: list[str] = []
     unreadable = None
-    for item in content if isinstance(content, list | tuple) else [content]:
-        try:
-            for text in _texts(item):
-                texts.append(text)
-        except UnreadableContent as error:
-            unreadable = unreadable or error
+    for found in _texts(content):
+        if isinstance(found, str):
+            texts.append(found)
+        else:
+            unreadable = unreadable or found
     return Text("\n".join(filter(None, texts)), unreadable)
 
 
-def _texts(content: Any) -> Iterator[str]:
+def _texts(content: Any) -> Iterator[str | UnreadableContent]:
+    """Its texts, and what can't be read in its place."""
     if isinstance(content, str):
         yield content
     elif isinstance(content, Mapping):
@@ -70,28 +70,35 @@ def _texts(content: Any) -> Iterator[str]:
         for item in content:
             yield from _texts(item)
     else:
-        raise UnreadableContent(type(content).__name__)
+        yield UnreadableContent(type(content).__name__)
 
 
-def _block(block: Mapping[Any, Any]) -> Iterator[str]:
+def _block(block: Mapping[Any, Any]) -> Iterator[str | UnreadableContent]:
     kind = str(block.get("type") or next(iter(block), ""))
     named = (str(key) for key, value in block.items() if isinstance(value, Mapping))
-    for name in (kind, *named):
-        if _MEDIA.search(name):
-            raise UnreadableContent(name)
-    if kind in _FILES and _refers(block):
-        raise UnreadableContent(kind)
+    closed = next((name for name in (kind, *named) if _MEDIA.search(name)), None)
+    if closed is None and kind in _FILES and _refers(block):
+        closed = kind
+    if closed is not None:
+        yield UnreadableContent(closed)
     rest = {}
     for key, value in block.items():
         if key in _PLAIN and isinstance(value, str):
             yield value
         elif key == "content" and isinstance(value, str | list | tuple):
             yield from _texts(value)
-        elif key not in _FORM and value:
+        elif key not in _FORM and value and closed is None:
             rest[key] = value
-    if rest:
-        declared = {key: block[key] for key in (*_MIME, "type") if key in block}
-        yield json.dumps(_readable(rest, kind, declared), ensure_ascii=False, default=str)
+    declared = {key: block[key] for key in (*_MIME, "type") if key in block}
+    readable = {}
+    for key, value in rest.items():
+        try:
+            # A key that is no str can be one that JSON doesn't take.
+            readable[str(key)] = _readable(value, kind, {**declared, **rest}, key)
+        except UnreadableContent as error:
+            yield error
+    if readable:
+        yield json.dumps(readable, ensure_ascii=False, default=str)
 
 
 def _refers(block: Mapping[Any, Any]) -> bool:
@@ -133,11 +140,13 @@ def _readable(value: Any, kind: str, declared: Mapping[Any, Any], key: Any = Non
             raise UnreadableContent(kind)
         # What stands before the comma is kept: it may be a sentence that only begins like a data URL.
         return head + (_decoded(data, kind) if form.lower().rstrip().endswith("base64") else unquote(data))
+    is_plain = "text" in (declared.get("type"), declared.get("source_type"))
     if not mime:
+        if kind in _FILES and key in _PAYLOAD and not is_plain:
+            raise UnreadableContent(kind)
         return value
     if not mime.lower().startswith("text/"):
         raise UnreadableContent(kind)
-    is_plain = "text" in (declared.get("type"), declared.get("source_type"))
     return _decoded(value, kind) if key in _PAYLOAD and not is_plain else value
 
 
@@ -176,6 +185,23 @@ class Part:
     kind: ContentKind
     content: Content | UnreadableContent
     messages: tuple[int, ...]
+
+
+def contents_of(
+    said: Text, kind: ContentKind, name: str = "", history: tuple[Turn, ...] = ()
+) -> list[Content | UnreadableContent]:
+    """What of one message is judged, however little it says: its text, and why it holds more than that.
+
+    Args:
+        said: What it says.
+        kind: What it is.
+        name: Of a tool's result, the tool.
+        history: What was said before it.
+    """
+    if said.unreadable is None:
+        return [Content(kind, said.text, name, history)]
+    text = [Content(kind, said.text, name, history)] if said.text.strip() else []
+    return [*text, said.unreadable]
 
 
 def parts(conversation: Sequence[Said], policy: Policy) -> list[Part]:

@@ -27,7 +27,7 @@ from langchain_core.prompt_values import ChatPromptValue, PromptValue, StringPro
 
 from rsafe_plugins.guard import Content
 from rsafe_plugins.guard.content import Turn
-from rsafe_plugins.guard.texts import Part, Said, Text, parts, text_of, turn_of
+from rsafe_plugins.guard.texts import Part, Said, Text, contents_of, parts, text_of, turn_of
 from rsafe_plugins.policy import ContentKind, Policy
 
 _ROLES: Mapping[str, ContentKind | None] = {
@@ -100,18 +100,16 @@ def reply_parts(
     return found
 
 
-def result_part(history: Sequence[BaseMessage], result: BaseMessage) -> Part:
+def result_parts(history: Sequence[BaseMessage], result: BaseMessage) -> list[Part]:
     """A message that a tool brings, with the messages before it."""
-    said = _text(result)
-    content = Content("tool_result", said.text, result.name or "", _turns(history))
-    return Part("tool_result", said.unreadable or content, ())
+    judged = contents_of(_text(result), "tool_result", result.name or "", _turns(history))
+    return [Part("tool_result", content, ()) for content in judged]
 
 
-def message_part(messages: Sequence[BaseMessage], number: int) -> Part:
+def message_parts(messages: Sequence[BaseMessage], number: int) -> list[Part]:
     """One message of the user, with the messages before it."""
-    said = _text(messages[number])
-    content = Content("prompt", said.text, history=_turns(messages[:number]))
-    return Part("prompt", said.unreadable or content, (number,))
+    judged = contents_of(_text(messages[number]), "prompt", history=_turns(messages[:number]))
+    return [Part("prompt", content, (number,)) for content in judged]
 
 
 def is_prompt(message: BaseMessage) -> bool:

@@ -56,9 +56,9 @@ from rsafe_plugins.guard.violation import (
 from rsafe_plugins.langchain.content import (
     is_prompt,
     is_spoken,
-    message_part,
+    message_parts,
     reply_parts,
-    result_part,
+    result_parts,
     text_shown,
     to_parts,
 )
@@ -223,7 +223,7 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
             and number not in covered
             and seen.get(self._key(message)) != _digest(message)
         ]
-        return [*(message_part(messages, number) for number in fresh), *asked]
+        return [*(part for number in fresh for part in message_parts(messages, number)), *asked]
 
     def _key(self, message: BaseMessage) -> str:
         """Several middlewares keep what each of them has seen in one state."""
@@ -242,7 +242,9 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
         decides = worst(verdicts)
         violation = _Violation(asked[decides].kind, verdicts[decides])
         self._tell(violation)
-        gone = [messages[number] for part in blocked for number in part.messages]
+        gone = [
+            messages[number] for number in dict.fromkeys(one for part in blocked for one in part.messages)
+        ]
         placed = [self._in_place_of(message, violation) for message in gone]
         update["rsafe_seen"] = {**seen, **{self._key(one): _digest(one) for one in placed}}
         if self.exit_behavior == "interrupt":
@@ -434,7 +436,7 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
         if not self.check_tool_results:
             return []
         history = _messages(request.state)
-        return [(result_part(history, message), message) for message in _brought(result)]
+        return [(part, message) for message in _brought(result) for part in result_parts(history, message)]
 
     def _after_result(
         self,
@@ -446,7 +448,7 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
         refused: dict[int, BaseMessage] = {}
         held: dict[str, Any] = {}
         for (_, message), verdict in zip(asked, verdicts, strict=True):
-            if verdict.blocked:
+            if verdict.blocked and id(message) not in refused:
                 violation = self._report("tool_result", verdict)
                 message.id = message.id or str(uuid4())
                 if self.exit_behavior == "interrupt":
@@ -498,7 +500,12 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
         decided = self._decided({**state, **update}) if "messages" in update else None  # type: ignore[typeddict-item]
         if decided is None:
             return update
-        return {**update, **decided, "messages": [*update["messages"], *decided.get("messages", ())]}
+        return {
+            **update,
+            **decided,
+            "messages": [*update["messages"], *decided.get("messages", ())],
+            "rsafe_seen": {**update.get("rsafe_seen", {}), **decided.get("rsafe_seen", {})},
+        }
 
     def _decided(self, state: RSafeState) -> dict[str, Any] | None:
         """What a person or the exit behavior makes of what was blocked before; None where nothing was.
@@ -524,17 +531,22 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
         """What becomes of what was held; a person is asked for each, in the same order at each resumption."""
         messages: list[Any] = []
         refused: list[Mapping[str, Any]] = []
-        for one in held.values():
+        # Who held what a person lets pass doesn't judge it again before the model's next call.
+        seen: dict[str, Any] = {}
+        for key, one in held.items():
             if _is_approved(interrupt(one["question"])):
                 messages += one["messages"]
+                holder = key.rpartition("/")[0]
+                seen |= {f"{holder}/{old.id}": _digest(old) for old in one["messages"] if is_prompt(old)}
                 continue
             refused.append(one)
             messages += [RemoveMessage(id=str(old.id)) for old in one["messages"] if is_prompt(old)]
         if not refused:
-            return {"messages": messages, "rsafe_held": None}
+            return {"messages": messages, "rsafe_held": None, "rsafe_seen": seen}
         question = refused[0]["question"]
         violation = _Violation(question["stage"], Verdict.model_validate(question["verdict"]))
-        return {"messages": [*messages, self._refusal(violation)], "rsafe_held": None, "jump_to": "end"}
+        messages.append(self._refusal(violation))
+        return {"messages": messages, "rsafe_held": None, "rsafe_seen": seen, "jump_to": "end"}
 
     # What stands in the place of what was blocked.
 

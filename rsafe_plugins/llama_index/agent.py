@@ -18,7 +18,7 @@ from pydantic import PrivateAttr
 from rsafe_plugins.errors import SettingsError
 from rsafe_plugins.guard import Content, Guard, GuardSettings
 from rsafe_plugins.guard.content import Turn
-from rsafe_plugins.guard.texts import Part, parts, text_of
+from rsafe_plugins.guard.texts import Part, contents_of, parts, text_of
 from rsafe_plugins.guard.violation import REFUSAL, OnViolation
 from rsafe_plugins.llama_index.judging import (
     DEVELOPERS,
@@ -112,21 +112,31 @@ class RSafeFunctionAgent(FunctionAgent):
         tools: Sequence[AsyncBaseTool],
         memory: BaseMemory,
     ) -> AgentOutput:
-        """One step of the agent: the user's messages, if it is the first, and the model's answer are judged."""
+        """One step of the agent: what of the user's this agent hasn't judged, and the model's answer are judged."""
         await self._refuse_early_answers(ctx)
         # What a run that broke off has left there belongs to no conversation.
         is_first = await ctx.store.get("num_iterations", default=None) == 0
         before = [] if is_first else [*await ctx.store.get(self.scratchpad_key, default=[])]
         await ctx.store.set(self.scratchpad_key, [*before])
         try:
-            if is_first and self.check_input and await self._is_input_blocked(llm_input, memory):
-                return await self._refusal(ctx, before)
+            if self.check_input and (is_first or await self._is_new(ctx, llm_input)):
+                if await self._is_input_blocked(llm_input, memory):
+                    return await self._refusal(ctx, before)
+                await ctx.store.set(self._judged_key, _digest_of_user(llm_input))
             output = await super().take_step(ctx, llm_input, tools, memory)
             blocked = await self._judge.acheck(self._asked_of_output(output, turns_of([*llm_input, *before])))
         except BaseException:
             await ctx.store.set(self.scratchpad_key, before)
             raise
         return await self._refusal(ctx, before) if blocked else output
+
+    @property
+    def _judged_key(self) -> str:
+        return f"rsafe_judged/{self.name}"
+
+    async def _is_new(self, ctx: AgentContext, llm_input: Sequence[ChatMessage]) -> bool:
+        """Whether the user has said something that this agent hasn't judged, as another agent may hand it over."""
+        return bool(await ctx.store.get(self._judged_key, default=None) != _digest_of_user(llm_input))
 
     async def _refuse_early_answers(self, ctx: AgentContext) -> None:
         # An `AgentWorkflow` asks the model by itself then, and nobody judges what it says.
@@ -239,11 +249,16 @@ class RSafeFunctionAgent(FunctionAgent):
 def _asked_of_result(output: ToolOutput) -> list[Part]:
     """What a tool says, and the nodes that it says it from: they go with it to whoever reads the events."""
     said = text_of(blocks_of(output.blocks))
-    content = said.unreadable or Content("tool_result", said.text, output.tool_name)
+    judged = contents_of(said, "tool_result", output.tool_name)
     nodes = getattr(output.raw_output, "source_nodes", None) or []
     texts = (node.get_content(metadata_mode="all") for node in nodes)
     found = [Content("tool_result", text, output.tool_name) for text in texts if text not in said.text]
-    return [Part("tool_result", one, ()) for one in (content, *found)]
+    return [Part("tool_result", one, ()) for one in (*judged, *found)]
+
+
+def _digest_of_user(messages: Sequence[ChatMessage]) -> str:
+    said = repr([one.said for one in said_of(messages) if one.kind == "prompt"])
+    return hashlib.blake2b(said.encode("utf-8", "replace"), digest_size=16).hexdigest()
 
 
 def _digest(output: ToolOutput) -> bytes:

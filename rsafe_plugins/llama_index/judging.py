@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +19,8 @@ from rsafe_plugins.guard.texts import Part, Said, Text, acheck_many, check_many,
 from rsafe_plugins.guard.violation import OnViolation, RSafeViolationError, mark_of, need_categories
 from rsafe_plugins.llama_index.nodes import node_content
 from rsafe_plugins.policy import ContentKind
+
+logger = logging.getLogger(__name__)
 
 EngineExitBehavior = Literal["replace", "error"]
 
@@ -117,6 +120,9 @@ class Judge:
             return None
         decides = worst(verdicts)
         stage, verdict = asked[decides].kind, verdicts[decides]
+        if verdict.error is not None:
+            # A refusal doesn't say so, and the guard's user has to know.
+            logger.warning("RSafe blocked a %s; the guard failed: %s", stage, verdict.error)
         if self._on_violation is not None:
             self._on_violation(stage, verdict)
         if self._raises:

@@ -97,7 +97,9 @@ class RSafeQueryEngine(BaseQueryEngine):
         return {"query_engine": self.query_engine}
 
     def retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        """The engine's nodes for a query that pass, if the nodes are judged."""
+        """The engine's nodes for a query that pass, if the nodes are judged; none where the query is blocked."""
+        if self._judge.check(self._asked_of_query(query_bundle)):
+            return []
         nodes = self.query_engine.retrieve(query_bundle)
         asked = self._asked_of_nodes(nodes, query_bundle)
         return self._kept(nodes, self._judge.check(asked))
@@ -152,15 +154,15 @@ class RSafeQueryEngine(BaseQueryEngine):
     def _judged(self, query: QueryBundle, response: RESPONSE_TYPE) -> RESPONSE_TYPE:
         if violation := self._judge.check(self._asked_of(query, response)):
             return self._refusal(violation, response)
-        if self.check_response and isinstance(response, StreamingResponse):
-            return self._gated(query, response)
-        if self.check_response and isinstance(response, AsyncStreamingResponse):
-            return self._agated(query, response)
-        return response
+        return self._streamed(query, response)
 
     async def _ajudged(self, query: QueryBundle, response: RESPONSE_TYPE) -> RESPONSE_TYPE:
         if violation := await self._judge.acheck(self._asked_of(query, response)):
             return self._refusal(violation, response)
+        return self._streamed(query, response)
+
+    def _streamed(self, query: QueryBundle, response: RESPONSE_TYPE) -> RESPONSE_TYPE:
+        """The response; if it is a stream, one that is judged on its way."""
         if self.check_response and isinstance(response, StreamingResponse):
             return self._gated(query, response)
         if self.check_response and isinstance(response, AsyncStreamingResponse):

@@ -20,7 +20,7 @@ from nemoguardrails.context import raw_llm_request
 from rsafe_plugins.errors import RSafeError, UnreadableContent
 from rsafe_plugins.guard import Content, Guard, Verdict
 from rsafe_plugins.guard.content import Turn
-from rsafe_plugins.guard.texts import Said, Text, acheck_many, parts, text_of, turn_of, worst
+from rsafe_plugins.guard.texts import Said, Text, acheck_many, contents_of, parts, text_of, turn_of, worst
 from rsafe_plugins.nemo.chunks import Chunks
 from rsafe_plugins.nemo.guards import Rail, RailGuards, policies_in
 from rsafe_plugins.nemo.refusal import REFUSE, is_refusal, refusal_of
@@ -32,8 +32,17 @@ _NO_VERDICT = "The guard gave no verdict."
 # NeMo hands the refusal of a rail to the output rails.
 _OWN_REFUSAL = RailOutcome.allow(reason="the app's own refusal")
 _JUST_NOW = 60.0  # seconds between two of NeMo's steps in one turn, at most
-# What a passthrough model is sent, by the role of the client's message.
-_KINDS: Mapping[str, ContentKind] = {"user": "prompt", "assistant": "response", "tool": "tool_result"}
+# What a passthrough model is sent, by the role of the client's message, NeMo's other names for roles included. What
+# isn't named here counts as the user's.
+_KINDS: Mapping[str, ContentKind | None] = {
+    "assistant": "response",
+    "bot": "response",
+    "tool": "tool_result",
+    "system": None,
+    "developer": None,
+    "context": None,
+    "event": None,
+}
 _TURN_BEGINS = ("UtteranceUserActionFinished", "UserToolMessages", "Listen")
 
 Judged = Content | UnreadableContent
@@ -332,11 +341,11 @@ class RailActions:
         if index > 0:
             return RailOutcome.allow(reason="judged with the first result")
         history = _turns(_said(events, config))
-        contents: list[Judged] = []
+        judged: list[Judged] = []
         for result in results if isinstance(results, list | tuple) else [results]:
             known = result if isinstance(result, Mapping) else {"content": result}
-            contents.append(_result(text_of(known.get("content")), str(known.get("name") or ""), history))
-        return await self._worst(self.guards.of("tool_result", policy, config), contents)
+            judged += _result(text_of(known.get("content")), str(known.get("name") or ""), history)
+        return await self._worst(self.guards.of("tool_result", policy, config), judged)
 
     async def _judge(
         self,
@@ -449,7 +458,7 @@ def _shown(events: Sequence[Any], config: RailsConfig | None) -> list[Said]:
     return [
         Said(kind, text_of(message.get("content") or ""), str(message.get("name") or ""))
         for message in messages
-        if (kind := _KINDS.get(message["role"]))
+        if (kind := _KINDS.get(message.get("role") or message.get("type"), "prompt"))
     ]
 
 
@@ -462,12 +471,12 @@ def _results_since_answer(shown: Sequence[Said]) -> list[Judged]:
         if message.kind == "response" and message.said.text.strip():
             results.clear()
         elif message.kind == "tool_result":
-            results.append(_result(message.said, message.name, _turns(shown[:number])))
+            results += _result(message.said, message.name, _turns(shown[:number]))
     return results
 
 
-def _result(said: Text, name: str, history: tuple[Turn, ...]) -> Judged:
-    return said.unreadable or Content("tool_result", said.text, name, history)
+def _result(said: Text, name: str, history: tuple[Turn, ...]) -> list[Judged]:
+    return [*contents_of(said, "tool_result", name, history)]
 
 
 def _said(events: Sequence[Any], config: RailsConfig | None) -> list[Said]:

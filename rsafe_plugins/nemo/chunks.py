@@ -44,7 +44,12 @@ class Chunks:
             if start < 0:
                 beside.append(known)
                 continue
-            pieces += [whole[end:start], known]
+            between = whole[end:start]
+            if pieces and "\n" not in between:
+                # What stands on one line is read as one, however a client cuts it up.
+                pieces[-1] += between + known
+            else:
+                pieces += [between, known]
             end = start + len(known)
         pieces.append(whole[end:])
         # What separates chunks needs no judgement while it says nothing.

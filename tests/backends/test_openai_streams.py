@@ -14,8 +14,9 @@ from rsafe_plugins import Guard
 from rsafe_plugins.backends import OpenAIBackend
 from rsafe_plugins.backends import openai as module
 from rsafe_plugins.backends.base import Completion, Message, Request
-from rsafe_plugins.errors import BackendError, BackendTimeout, BackendUnavailable
+from rsafe_plugins.errors import BackendError, BackendTimeout, BackendUnavailable, VerdictError
 from rsafe_plugins.guard.dialects.rsafe import RSafe
+from rsafe_plugins.guard.verdict import parse_answer
 
 END = b"data: [DONE]\n\n"
 
@@ -113,6 +114,17 @@ async def test_a_server_that_would_go_on_is_left_at_the_closing_brace() -> None:
     assert answer.finish_reason == "stop"
     assert answer.usage.completion_tokens == 3
     assert server.asked[0]["stream"] is True
+
+
+async def test_a_box_that_is_only_spoken_of_ends_nothing() -> None:
+    text = "<think>It asks for a bomb.</think>\nOne could say \\boxed{safe}, but no: \\boxed{unsafe}"
+    server = StreamingServer([event(text), event(finish="stop"), usage(40), END])
+
+    answer = await answer_of(server)
+
+    assert isinstance(answer, Completion)
+    with pytest.raises(VerdictError, match="exactly one"):
+        parse_answer(answer.text)
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,9 @@ class RSafe(Dialect):
     thought: Thought | None = Thought("<think>", "</think>", "\n\\boxed{")
     naming: str | None = "\\boxed{unsafe}\nCategories:"
     by_category: str | None = "rsafe-by-category"
-    # The first box that is closed after the thought, or without one.
-    enough = re.compile(r"\A\s*(?:<think>.*?</think>|(?!<think>)).*?\\boxed\{[^{}]*\}", re.DOTALL)
+    # A closed box right after the thought, or without one. After anything else the whole answer is read: there may be
+    # a second box.
+    enough = re.compile(r"\A\s*(?:<think>.*?</think>)?[\s*]*\\boxed\{[^{}]*\}", re.DOTALL)
 
     def __init__(self, template: str | Path | None = None) -> None:
         self.prompt = GuardPrompt(template)

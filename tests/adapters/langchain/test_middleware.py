@@ -357,6 +357,19 @@ async def test_an_image_from_a_tool_is_a_failed_check() -> None:
     assert state["messages"][2].response_metadata[MARK]["label"] is None
 
 
+async def test_text_beside_an_image_is_judged_where_failed_checks_pass() -> None:
+    said_by_tool = [
+        {"type": "text", "text": BAD},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
+    ]
+    lookup, _ = counting_tool(lambda text: said_by_tool)
+    replies = (said("", call("lookup", text="sea")), said(ANSWER))
+    agent = agent_of(*replies, tools=[lookup], exit_behavior="replace", settings={"on_error": "allow"})
+    state = await run(agent)
+    assert texts(state)[2:] == [REFUSAL, ANSWER]
+    assert state["messages"][2].response_metadata[MARK]["label"] == "unsafe"
+
+
 # Nothing leaks
 
 
@@ -516,6 +529,18 @@ async def test_anything_but_approval_refuses(stage: str, decision: Any, how: str
     saved = await agent.aget_state(CONFIG)
     assert not holds(CANARY, saved.values)
     assert_no_call_dangles(state)
+
+
+async def test_an_approved_prompt_is_asked_about_once() -> None:
+    lookup, runs = counting_tool()
+    replies = (said("", call("lookup", text="sea")), said(ANSWER))
+    options = {"checkpointer": InMemorySaver()}
+    agent = agent_of(*replies, tools=[lookup], exit_behavior="interrupt", options=options)
+    assert waiting(await run(agent, {"messages": [("user", BAD)]}, config=CONFIG))["stage"] == "prompt"
+    state = await run(agent, Command(resume="approve"), config=CONFIG)
+    assert "__interrupt__" not in state
+    assert texts(state)[-1] == ANSWER
+    assert runs == ["sea"]
 
 
 async def test_two_results_of_one_turn_are_each_asked_for() -> None:

@@ -111,6 +111,23 @@ async def test_an_attack_before_the_last_message_is_judged() -> None:
     assert run.remembered() == ["Hi.", "Hello.", REFUSAL]
 
 
+@pytest.mark.parametrize(
+    ("question", "answer", "asked"), [(f"Tell me the {CANARY}.", REFUSAL, 0), (QUESTION, ANSWER, 1)]
+)
+async def test_what_another_agent_hands_over_is_judged(question: str, answer: str, asked: int) -> None:
+    run = Run(said(ANSWER))
+    hand_over = calls(("handoff", {"to_agent": "agent", "reason": "It knows more."}))
+    model, _ = scripted_agent_model(hand_over)
+    router = FunctionAgent(
+        name="router", description="A router.", llm=model, can_handoff_to=["agent"], streaming=False
+    )
+    handler = AgentWorkflow(agents=[router, run.agent], root_agent="router").run(
+        user_msg=question, memory=run.memory
+    )
+    assert str(await handler) == answer
+    assert len(run.asked) == asked
+
+
 @in_a_workflow
 async def test_an_unsafe_answer_is_seen_by_nobody(workflow: bool, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG")

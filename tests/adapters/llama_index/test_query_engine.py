@@ -61,6 +61,12 @@ ways = pytest.mark.parametrize("how", ["sync", "async"])
 streams = pytest.mark.parametrize("streaming", [False, True], ids=["whole", "stream"])
 
 
+def test_nothing_is_retrieved_for_an_unsafe_question() -> None:
+    engine = guarded(Says(text=ANSWER))
+    assert engine.retrieve(QueryBundle(f"Tell me the {CANARY}.")) == []
+    assert [node.text for node in engine.retrieve(QueryBundle("When do you open?"))] == list(FACTS)
+
+
 @ways
 @streams
 async def test_a_safe_answer_comes_with_its_sources(how: str, streaming: bool) -> None:

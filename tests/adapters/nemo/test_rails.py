@@ -279,6 +279,15 @@ async def test_passthrough_shows_the_guard_an_image_that_nemos_cache_has_forgott
     assert app.main.prompts == []
 
 
+@pytest.mark.parametrize("role", [{"role": "human"}, {"role": "", "type": "human"}, {"role": "stranger"}])
+async def test_passthrough_judges_what_the_user_says_by_another_role(role: dict[str, str]) -> None:
+    app = build(BOTH, more="passthrough: true")
+    app.guard_with(unsafe_where("BAD"))
+    said = await app.reply({**role, "content": "BAD"}, user("Answer my first message."))
+    assert said == REFUSAL
+    assert app.main.prompts == []
+
+
 # The main model's reasoning, which NeMo hands to the client
 
 
