@@ -12,6 +12,8 @@ SHIPPED = [
     "guard/templates/*.jinja",
     "guard/data/*.yaml",
     "alignment/*.yaml",
+    "alignment/recipes/*/*.yaml",
+    "evaluation/report.*",
     "backends/data/*.gguf",
     "rails/*.co",
 ]

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 
 from benchmarks.record import FOLDER, Row, shown
 
-PARTS = ("overhead", "embedded", "prefixes", "forms", "vllm", "peers")
+PARTS = ("overhead", "embedded", "prefixes", "forms", "streaming", "vllm", "peers")
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>rsafe-plugins: benchmarks</title>

@@ -386,6 +386,15 @@ class TestDoctor:
         findings = json.loads(capsys.readouterr().out)["findings"]
         assert any("RSAFE_POLCY is no setting" in finding["detail"] for finding in findings)
 
+    def test_the_variable_of_a_servers_key_is_no_misspelt_one(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("RSAFE_API_KEY", "secret")
+        main(["doctor", "--json"])
+        printed = capsys.readouterr().out
+        assert "is no setting" not in printed
+        assert "secret" not in printed
+
     def test_unusable_settings_are_a_finding_and_no_crash(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

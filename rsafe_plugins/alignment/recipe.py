@@ -204,7 +204,8 @@ def load_recipe(stage: type[_Stage], recipe: str | Path | None, options: Mapping
     Args:
         stage: What it sets.
         recipe: One of `recipe_names(stage)`, or a YAML file; None for the defaults.
-        options: Settings that win over the recipe's. A name may reach into `policies`, as in `policies.whole`.
+        options: Settings that win over the recipe's. A name may reach into `policies`, as in `policies.whole`; its
+            other parts stay as they are.
 
     Raises:
         SettingsError: There is no such recipe, or it or an option can't be used.
@@ -215,8 +216,10 @@ def load_recipe(stage: type[_Stage], recipe: str | Path | None, options: Mapping
         head, dot, tail = name.partition(".")
         if not dot:
             values[head] = value
-        elif isinstance(part := values.setdefault(head, {}), dict):
+        elif isinstance(part := values.setdefault(head, _default(stage, head)), dict):
             part[tail] = value
+        else:
+            raise SettingsError(f"There is no setting {name}: {head} has no parts.")
     try:
         return stage.model_validate(values)
     except ValidationError as error:
@@ -230,6 +233,12 @@ def load_recipe(stage: type[_Stage], recipe: str | Path | None, options: Mapping
             ) from error
         said = first["msg"].removeprefix("Value error, ")
         raise SettingsError(f"{source} can't be used: {where + ': ' if where else ''}{said}.") from error
+
+
+def _default(stage: type[StageSettings], name: str) -> Any:
+    """The parts of a setting as they are unless something is said."""
+    found = stage.model_fields[name].default if name in stage.model_fields else {}
+    return found.model_dump() if isinstance(found, BaseModel) else found
 
 
 def _read(stage: type[StageSettings], recipe: str | Path) -> dict[str, Any]:

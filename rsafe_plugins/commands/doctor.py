@@ -18,6 +18,7 @@ from rich.text import Text
 
 from rsafe_plugins import BackendUnavailable, Policy, PolicyError, RSafeError, SettingsError
 from rsafe_plugins.backends import backend_from_string
+from rsafe_plugins.backends.openai import KEY_VARIABLES
 from rsafe_plugins.backends.weights import (
     CACHE_VARIABLE,
     MODEL_VARIABLE,
@@ -145,6 +146,7 @@ def _settings() -> Iterator[Finding]:
     known = {f"RSAFE_{name.upper()}" for name in GuardSettings.model_fields} | {
         MODEL_VARIABLE,
         CACHE_VARIABLE,
+        *KEY_VARIABLES,
     }
     for name in sorted(set(variables) - known):
         yield Finding("settings", False, f"{name} is no setting of the guard", f"unset {name}")

@@ -70,7 +70,12 @@ def _print_policy(policy: Policy) -> None:
     for category in policy.categories:
         console.print(Text(common.printable(f"\n{category.id}  {category.name}"), style="bold"))
         _print_indented(console, category.description)
-        for title, items in (("covers", category.covers), ("allows", category.allows)):
+        for title, items in (
+            ("covers", category.covers),
+            ("allows", category.allows),
+            ("unsafe examples", category.examples),
+            ("safe examples", category.allowed_examples),
+        ):
             if items:
                 _print_indented(console, f"{title}: {'; '.join(items)}")
         if len(category.applies_to) < len(CONTENT_KINDS):

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from rsafe_plugins import Content, Policy
 from rsafe_plugins.commands import common
+from rsafe_plugins.commands.check import FAILED
 from rsafe_plugins.errors import PolicyError
 from rsafe_plugins.policy import Category
 from rsafe_plugins.policy.taxonomies import corresponding, taxonomy_names
@@ -43,7 +44,9 @@ _TARGETS = ("policy", "nemo", "gpt-oss-safeguard", "llama-guard")
 @click.option("--report", is_flag=True, help="Show what became of each piece of text.")
 @click.option("--strict", is_flag=True, help="Fail if anything was found of which nobody knows what it is.")
 @click.option(
-    "--check", is_flag=True, help="Judge the source's own examples by it; status 1 if the guard disagrees."
+    "--check",
+    is_flag=True,
+    help="Judge the source's own examples by it; status 1 if the guard disagrees, 3 if it fails.",
 )
 @click.option("--backend", help="The guard's engine for --check.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")
@@ -64,6 +67,12 @@ def translate(
     Nemotron take it, a policy document of gpt-oss-safeguard, names of OpenAI's or Perspective's categories, a spec of
     guardrails-ai, bullets, or a policy of this package. Nothing in it is ever run.
     """
+    if check and (out is not None or report or to != _TARGETS[0]):
+        raise click.UsageError(
+            "--check judges examples and writes nothing: leave --to, --out and --report out."
+        )
+    if backend is not None and not check:
+        raise click.UsageError("--backend is the engine for --check.")
     try:
         translation = read(source, format=cast(Format | None, format_name))
     except NoPolicyError as error:
@@ -274,4 +283,6 @@ def _check(translation: Translation, backend: str | None, as_json: bool) -> int:
             line = f"{one['policy']} {one['category']}: {says}: {one['text']}"
             console.print(Text(common.printable(line)), soft_wrap=True)
         console.print(Text(f"{asked} examples, the guard disagrees on {len(disagreements)}."))
+    if any(one["label"] is None for one in disagreements):
+        return FAILED
     return 1 if disagreements else 0

@@ -71,3 +71,10 @@ def test_a_recipe_that_cannot_be_used_is_one_sentence(tmp_path: Path, text: str,
 def test_a_recipe_that_is_not_there_is_told_beside_those_that_are() -> None:
     with pytest.raises(SettingsError, match=r"embedded, rsafe-7b, and there is no rsafe-8b"):
         load_recipe(GRPOSettings, "rsafe-8b", {})
+
+
+def test_a_part_that_is_set_leaves_the_others_as_they_are() -> None:
+    settings = load_recipe(WarmStartSettings, None, {"policies.user_words": 0.5})
+    assert settings.policies == WarmStartSettings().policies.model_copy(update={"user_words": 0.5})
+    with pytest.raises(SettingsError, match=r"no setting batch\.x: batch has no parts"):
+        load_recipe(WarmStartSettings, None, {"batch.x": 7})

@@ -107,6 +107,27 @@ def test_check_judges_the_examples_and_shows_where_the_guard_disagrees(
     assert len(data["disagreements"]) == (0 if status == 0 else 21)
 
 
+def test_a_guard_that_fails_is_no_disagreement(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(**given: object) -> Guard:
+        return Guard(given["policy"], backend=ScriptedBackend("no verdict"), reasoning="never")  # type: ignore[arg-type]
+
+    monkeypatch.setattr(common, "make_guard", make)
+    assert main(["translate", ABC, "--check", "--json"]) == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--check", "--report"],
+        ["--check", "-o", "x.yaml"],
+        ["--check", "--to", "nemo"],
+        ["--backend", "embedded"],
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options: list[str]) -> None:
+    assert main(["translate", ABC, *options]) == 2
+
+
 def test_check_keeps_the_answers_from_the_guard_and_shows_each_disagreement_on_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -465,7 +465,7 @@ def test_what_is_written_for_other_guards_reads_back_as_much(tmp_path: Path, nam
 
 def test_a_config_that_is_written_loads_and_judges(tmp_path: Path) -> None:
     written = nemo_config([Policy.load("mlcommons"), Policy.load("prompt-injection")], tmp_path / "made")
-    assert {path.name for path in written} >= {"config.yml", "policy-input.yaml"}
+    assert {path.name for path in written} >= {"config.yml", "policy-input.json"}
     config = RailsConfig.from_path(str(tmp_path / "made"))
     config.models = []
     config.custom_data["rsafe"]["backend"] = "embedded"
