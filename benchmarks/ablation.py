@@ -1,7 +1,8 @@
 """What each part of training does for the embedded guard: several trainings on the same items, side by side.
 
-Takes the folder of the training data, the folder of the public sets, how many items each warm start is given, and how
-many steps GRPO. Writes a table. Goes on where it was stopped.
+Takes the folder of the training data, the folder of the public sets, how many items each warm start is given, how
+many steps GRPO, and the names of the trainings that are wanted, all by default. Writes a table. Goes on where it was
+stopped.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +73,8 @@ VARIANTS = (
         fitted=("--category-threshold", "0.5"),
     ),
 )
-SETS = {"toxicchat": 200, "openai_moderation": 200, "beavertails_test": 200, "harmbench_responses": 200}
-ADHERENCE = 100
+SETS = ("toxicchat", "openai_moderation", "beavertails_test", "harmbench_responses")
+EACH = 100  # items that are drawn of each
 POLICIES = {"Flip rate": (), "with three others": SMALL_POLICIES}
 
 
@@ -83,18 +85,17 @@ def train(variant: Variant, data: Path, items: int, steps: int) -> None:
         options = ("--adapter", str(OUT / variant.after / "adapter"), "--set", f"steps={steps}")
         align("grpo", files[:-1], OUT / variant.name, *options, *variant.options, processes=1)
     else:
-        align(
-            "warm-start", files, OUT / variant.name, "--set", f"items={items}", *variant.options, processes=1
-        )
+        options = ("--set", f"items={items}", "--set", "dtype=bfloat16")
+        align("warm-start", files, OUT / variant.name, *options, *variant.options, processes=1)
 
 
-def trained(data: Path, items: int, steps: int) -> None:
+def trained(variants: Sequence[Variant], data: Path, items: int, steps: int) -> None:
     """All trainings: warm starts first, then what goes on from them; side by side, as many as there are processors."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    at_once = len(VARIANTS) if torch.cuda.is_available() else os.cpu_count() or 1
+    at_once = len(variants) if torch.cuda.is_available() else os.cpu_count() or 1
     with ThreadPoolExecutor(at_once) as pool:
         for later in (False, True):
-            chosen = [variant for variant in VARIANTS if bool(variant.after) is later]
+            chosen = [variant for variant in variants if bool(variant.after) is later]
             list(pool.map(lambda variant: train(variant, data, items, steps), chosen))
 
 
@@ -110,24 +111,36 @@ def measured(variant: Variant, sets: Path) -> list[str]:
         evaluated(folder / "held-out.jsonl", *asked, *options)
     asked = (*asked, "--threshold", fitted)
     cells = []
-    for name, limit in SETS.items():
-        (result,) = evaluated(sets / f"{name}.jsonl", *asked, "--limit", str(limit))
+    for name in SETS:
+        (result,) = evaluated(sets / f"{name}.jsonl", *asked, "--limit", str(EACH))
         cells.append(f"{result['auroc']:.2f}, {result['f1']:.2f}")
     for policies in POLICIES.values():
-        total = flips(sets, ADHERENCE, *asked, *policies)
+        total = flips(sets, EACH, *asked, *policies)
         cells.append(f"{total['flip_rate']:.2f} of {total['items']}")
     return cells
 
 
+def chosen(names: Sequence[str]) -> list[Variant]:
+    """The trainings of these names and those that they go on from; all where none is named."""
+    known = {variant.name: variant for variant in VARIANTS}
+    if strange := [name for name in names if name not in known]:
+        sys.exit(f"Expected names among {', '.join(known)}, not {strange[0]}.")
+    wanted = {*names, *(known[name].after for name in names)} if names else {*known}
+    return [variant for variant in VARIANTS if variant.name in wanted]
+
+
 def main() -> None:
     folders = [Path(name) for name in sys.argv[1:3]]
-    if len(sys.argv) != 5 or not all(folder.is_dir() for folder in folders):
-        sys.exit("Expected: python -m benchmarks.ablation TRAINING-FOLDER PUBLIC-SETS-FOLDER ITEMS STEPS")
+    if len(sys.argv) < 5 or not all(folder.is_dir() for folder in folders):
+        sys.exit(
+            "Expected: python -m benchmarks.ablation TRAINING-FOLDER PUBLIC-SETS-FOLDER ITEMS STEPS [NAME...]"
+        )
     items, steps = int(sys.argv[3]), int(sys.argv[4])
-    trained(folders[0], items, steps)
+    variants = chosen(sys.argv[5:])
+    trained(variants, folders[0], items, steps)
     titles = ["Training", *SETS, *POLICIES]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for variant in VARIANTS:
+    for variant in variants:
         lines.append(f"| {' | '.join([variant.title, *measured(variant, folders[1])])} |")
         print(lines[-1], flush=True)
     lines += [

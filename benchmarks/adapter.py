@@ -5,19 +5,12 @@ All runs end after as many items as they did then, when the clock ended them and
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
-
+from benchmarks.mixture import mixture
 from benchmarks.record import FOLDER
 from benchmarks.training import align, evaluated, training_files
-from rsafe_plugins.alignment.export import export_gguf
-from rsafe_plugins.alignment.warm_start import load_base
-from rsafe_plugins.backends.weights import embedded_weights
-
-_WEIGHTS = "adapter_model.safetensors"
 
 
 def main() -> None:
@@ -31,24 +24,16 @@ def main() -> None:
     files = training_files(folder, ailuminate=1160, jailbreakbench=1310)
     changes = ("--set", "items=5242", "--set", "dtype=bfloat16", "--adapter", str(second))
     third = align("warm-start", files, out / "third", *changes, recipe="embedded-categories")
-    adapter = out / "guard-adapter.gguf"
-    model, _ = load_base(embedded_weights())
-    export_gguf(mean(second, third, out / "mean"), model.config.to_dict(), adapter, name="rsafe guard")
+    mixture(second, third, 0.5, out / "mean")
+    files = training_files(folder, ailuminate=1160, jailbreakbench=1310, hatecheck=700)
+    changes = ("--set", "items=5786", "--set", "dtype=bfloat16", "--adapter", str(out / "mean"))
+    more = ("--set", "by_category=0.5", "--set", "prompts_as_documents=500", "--set", "max_prompt_tokens=128")
+    fourth = align("warm-start", files, out / "fourth", *changes, *more, recipe="embedded-categories")
+    adapter = mixture(out / "mean", fourth, 0.5, out / "shipped")
     fitted = out / "fitted.yaml"
     bare = ("--backend", f"embedded:{adapter}", "--reasoning", "never", "--category-threshold", "0.4")
-    evaluated(third.parent / "held-out.jsonl", *bare, "--unsafe-share", "0.5", "--fit", fitted)
+    evaluated(fourth.parent / "held-out.jsonl", *bare, "--unsafe-share", "0.5", "--fit", fitted)
     print(f"The adapter: {adapter}; its thresholds: {fitted}")
-
-
-def mean(before: Path, after: Path, out: Path) -> Path:
-    """The adapter halfway between two of which one went on from the other.
-
-    It keeps more of what the first knew, and most of what the second learned (arXiv 2109.01903).
-    """
-    shutil.copytree(after, out, dirs_exist_ok=True)
-    old, new = (load_file(folder / _WEIGHTS) for folder in (before, after))
-    save_file({name: (old[name] + new[name]) / 2 for name in new}, out / _WEIGHTS)
-    return out
 
 
 if __name__ == "__main__":

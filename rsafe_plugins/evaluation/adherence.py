@@ -41,6 +41,59 @@ class Adherence:
         return self.flipped / self.items
 
 
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """An item under two policies, which between them show whether a guard follows them.
+
+    Attributes:
+        item: An unsafe item.
+        categories: Ids of the policy's categories that it is unsafe for.
+        with_them: A policy with these, or the whole one.
+        without_them: The same without them.
+    """
+
+    item: LabelledItem
+    categories: frozenset[str]
+    with_them: Policy
+    without_them: Policy
+
+
+def pairs(
+    items: Sequence[LabelledItem], taxonomy: str, policy: Policy, *, others: int | None = None
+) -> list[Pair]:
+    """What `adherence` judges; those of the same categories one after the other, so that an engine computes them once.
+
+    Args:
+        items: As for `adherence`, like the others.
+        taxonomy: Whose categories they are labelled with.
+        policy: A policy that is itself a taxonomy.
+        others: How many categories beside the item's own the policies have; None for all.
+
+    Raises:
+        PolicyError: The taxonomy or the policy is none of the table's.
+        DataError: No item can be used.
+    """
+    known = {category.id for category in policy.categories}
+    labelled: list[tuple[LabelledItem, frozenset[str]]] = []
+    for item in items:
+        ids = {one for name in item.categories for one in corresponding(name, taxonomy, policy.name)}
+        mine = frozenset(ids & known)
+        # A policy without categories can't be asked.
+        if item.unsafe and mine and len(mine) < len(known):
+            labelled.append((item, mine))
+    if not labelled:
+        raise DataError(
+            f"None of the {len(items)} items is unsafe for a category of {taxonomy} that corresponds to one of "
+            f"{policy.name}."
+        )
+    labelled.sort(key=lambda pair: sorted(pair[1]))
+    policies: dict[frozenset[str], tuple[Policy, Policy]] = {}
+    for own in dict.fromkeys(own for _, own in labelled):
+        rest = _drawn(policy, own, others)
+        policies[own] = policy if others is None else _only(policy, rest | own), _only(policy, rest)
+    return [Pair(item, own, *policies[own]) for item, own in labelled]
+
+
 def adherence(
     items: Sequence[LabelledItem],
     taxonomy: str,
@@ -68,40 +121,27 @@ def adherence(
 
     Raises:
         PolicyError: The taxonomy or the policy is none of the table's.
-        DataError: No item can be used.
+        DataError: No item can be used, or the store holds something else than verdicts.
     """
-    known = {category.id for category in policy.categories}
-    labelled: list[tuple[LabelledItem, frozenset[str]]] = []
-    for item in items:
-        ids = {one for name in item.categories for one in corresponding(name, taxonomy, policy.name)}
-        mine = frozenset(ids & known)
-        # A policy without categories can't be asked.
-        if item.unsafe and mine and len(mine) < len(known):
-            labelled.append((item, mine))
-    if not labelled:
-        raise DataError(
-            f"None of the {len(items)} items is unsafe for a category of {taxonomy} that corresponds to one of "
-            f"{policy.name}."
-        )
-    # Those with the same policy one after the other, so that an engine computes it once.
-    labelled.sort(key=lambda pair: sorted(pair[1]))
-    whole = guard_of(policy) if others is None else None
-    pairs: dict[frozenset[str], tuple[Guard, Guard]] = {}
-    for own in dict.fromkeys(own for _, own in labelled):
-        rest = _drawn(policy, own, others)
-        pairs[own] = whole or guard_of(_only(policy, rest | own)), guard_of(_only(policy, rest))
-    texts = [item for item, _ in labelled]
-    by_item = {id(item): pairs[own] for item, own in labelled}
-    with_it = judge(texts, lambda item: by_item[id(item)][0], store, on_progress=on_progress)
+    asked = pairs(items, taxonomy, policy, others=others)
+    guards: dict[str, Guard] = {}
+    for pair in asked:
+        for one in (pair.with_them, pair.without_them):
+            guards[one.digest] = guards.get(one.digest) or guard_of(one)
+    texts = [pair.item for pair in asked]
+    by_item = {id(pair.item): pair for pair in asked}
+    with_it = judge(
+        texts, lambda item: guards[by_item[id(item)].with_them.digest], store, on_progress=on_progress
+    )
     without_it = judge(
         texts,
-        lambda item: by_item[id(item)][1],
+        lambda item: guards[by_item[id(item)].without_them.digest],
         store,
         on_progress=lambda done: on_progress(len(texts) + done),
     )
     rows = [
-        (ids, first.label, second.label)
-        for (_, ids), first, second in zip(labelled, with_it, without_it, strict=True)
+        (pair.categories, first.label, second.label)
+        for pair, first, second in zip(asked, with_it, without_it, strict=True)
     ]
     found = [
         _row(category.id, [row for row in rows if category.id in row[0]]) for category in policy.categories
