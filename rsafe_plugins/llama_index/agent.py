@@ -132,7 +132,8 @@ class RSafeFunctionAgent(FunctionAgent):
 
     @property
     def _judged_key(self) -> str:
-        return f"rsafe_judged/{self.name}"
+        # The store takes dots in a key for a path, and names may have some.
+        return f"rsafe_judged_{self.name.encode('utf-8').hex()}"
 
     async def _is_new(self, ctx: AgentContext, llm_input: Sequence[ChatMessage]) -> bool:
         """Whether the user has said something that this agent hasn't judged, as another agent may hand it over."""

@@ -121,11 +121,16 @@ async def test_what_another_agent_hands_over_is_judged(question: str, answer: st
     router = FunctionAgent(
         name="router", description="A router.", llm=model, can_handoff_to=["agent"], streaming=False
     )
-    handler = AgentWorkflow(agents=[router, run.agent], root_agent="router").run(
-        user_msg=question, memory=run.memory
-    )
-    assert str(await handler) == answer
+    workflow = AgentWorkflow(agents=[router, run.agent], root_agent="router")
+    assert str(await workflow.run(user_msg=question, memory=run.memory)) == answer
     assert len(run.asked) == asked
+
+
+async def test_an_agents_name_may_have_dots() -> None:
+    run = Run(said(ANSWER))
+    run.agent.name = "our.agent"
+    workflow = AgentWorkflow(agents=[run.agent], root_agent="our.agent")
+    assert str(await workflow.run(user_msg=QUESTION, memory=run.memory)) == ANSWER
 
 
 @in_a_workflow
