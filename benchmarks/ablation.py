@@ -95,8 +95,8 @@ def trained(variants: Sequence[Variant], data: Path, items: int, steps: int) -> 
     at_once = len(variants) if torch.cuda.is_available() else os.cpu_count() or 1
     with ThreadPoolExecutor(at_once) as pool:
         for later in (False, True):
-            chosen = [variant for variant in variants if bool(variant.after) is later]
-            list(pool.map(lambda variant: train(variant, data, items, steps), chosen))
+            stage = [variant for variant in variants if bool(variant.after) is later]
+            list(pool.map(lambda variant: train(variant, data, items, steps), stage))
 
 
 def measured(variant: Variant, sets: Path) -> list[str]:

@@ -1,35 +1,33 @@
 """How much of a training is kept: mixtures of the adapters before and after it, measured on held-out items.
 
-Takes the adapter before it as a GGUF file, the run's folder, and shares of the adapter after it, 0 to 1. Writes a row
-for each share: how well it judges harm, and for some thresholds of categories the flip rate, under policies of the
-item's own categories and three others. Goes on where it was stopped.
+Takes the adapter before it as a PEFT folder or GGUF file, the run's folder, and shares of the adapter after it, 0 to
+1. Writes a row for each share: how well it judges harm, and for some thresholds of categories how many are found
+unsafe, how many safe without their own, and the flip rate, under policies of the item's own categories and three
+others. Goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import yaml
 from safetensors.numpy import load_file, save_file
 
-from benchmarks.record import FOLDER
+from benchmarks.record import FOLDER, sound
 from benchmarks.training import evaluated
-from rsafe_plugins import Guard, Policy
+from rsafe_plugins import Guard, Policy, Verdict
 from rsafe_plugins.alignment.examples import category_ids
 from rsafe_plugins.alignment.export import export_gguf, read_gguf
 from rsafe_plugins.alignment.warm_start import load_base
 from rsafe_plugins.backends.weights import embedded_weights
-from rsafe_plugins.evaluation.adherence import pairs
+from rsafe_plugins.evaluation.adherence import judge_under, pairs
 from rsafe_plugins.evaluation.items import LabelledItem, read_items
-from rsafe_plugins.evaluation.run import judge
 
 OUT = FOLDER.with_name("mixture")
 THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-Asked = tuple[LabelledItem, Policy]
 _SURE = 0.99  # no fit is above that, so at this threshold everything is let through that can be
 _OTHERS = 3
 _WEIGHTS = "adapter_model.safetensors"
@@ -58,7 +56,7 @@ def mixture(before: Path, after: Path, share: float, out: Path) -> Path:
     return export_gguf(out, config, out / "guard-adapter.gguf", name="rsafe guard")
 
 
-def followed(adapter: Path, held_out: Path, threshold: float, store: Path) -> dict[float, str]:
+def followed(adapter: Path, fitted: Path, held_out: Path, store: Path) -> dict[float, str]:
     """For each threshold of categories: how many are found unsafe, how many safe without their own, and the flip rate.
 
     Of the unsafe prompts and responses whose category is known.
@@ -66,8 +64,18 @@ def followed(adapter: Path, held_out: Path, threshold: float, store: Path) -> di
     named = [item.model_copy(update={"categories": category_ids(item)}) for item in read_items(held_out)]
     policy = Policy.load("rsafe-18")
     asked = pairs([item for item in named if item.task != "document"], policy.name, policy, others=_OTHERS)
-    with_them = _fits(adapter, [(pair.item, pair.with_them) for pair in asked], threshold, store)
-    without = _fits(adapter, [(pair.item, pair.without_them) for pair in asked], threshold, store)
+
+    def guard_of(policy: Policy, least: float) -> Guard:
+        return Guard(
+            policy=policy,
+            backend=f"embedded:{adapter}",
+            reasoning="never",
+            threshold=fitted,
+            category_threshold=least,
+        )
+
+    with_them = _fits(guard_of, [(pair.item, pair.with_them) for pair in asked], store)
+    without = _fits(guard_of, [(pair.item, pair.without_them) for pair in asked], store)
     cells = {}
     for least in THRESHOLDS:
         unsafe, safe = [fit >= least for fit in with_them], [fit < least for fit in without]
@@ -76,46 +84,33 @@ def followed(adapter: Path, held_out: Path, threshold: float, store: Path) -> di
     return cells
 
 
-def _fits(adapter: Path, asked: Sequence[Asked], threshold: float, store: Path) -> list[float]:
+def _fits(
+    guard_of: Callable[[Policy, float], Guard], asked: Sequence[tuple[LabelledItem, Policy]], store: Path
+) -> list[float]:
     """How well the policy's own categories fit each item: it is found safe at thresholds above that.
 
     1 where no category that the policy leaves out is met, and -1 where it is found safe without a comparison.
     """
     fits = [-1.0] * len(asked)
-    bare = _scores(adapter, asked, threshold, 0.0, store)
+    threshold = guard_of(asked[0][1], 0.0).operating_point.threshold
+    bare = _scores(judge_under(asked, lambda policy: guard_of(policy, 0.0), store))
     unsafe = [place for place, score in enumerate(bare) if score >= threshold]
-    compared = _scores(adapter, [asked[place] for place in unsafe], threshold, _SURE, store)
+    again = [asked[place] for place in unsafe]
+    compared = _scores(judge_under(again, lambda policy: guard_of(policy, _SURE), store))
     for place, score in zip(unsafe, compared, strict=True):
         # The score of what the comparison lets through lies under the threshold by as much as the fit does.
         fits[place] = score * _SURE / threshold if score < threshold else 1.0
     return fits
 
 
-def _scores(
-    adapter: Path, asked: Sequence[Asked], threshold: float, least: float, store: Path
-) -> list[float]:
-    guards = {
-        policy.digest: Guard(
-            policy=policy,
-            backend=f"embedded:{adapter}",
-            reasoning="never",
-            threshold=threshold,
-            category_threshold=least,
-        )
-        for _, policy in asked
-    }
-    of_item = {id(item): guards[policy.digest] for item, policy in asked}
-    scores = []
-    for verdict in judge([item for item, _ in asked], lambda item: of_item[id(item)], store):
-        if verdict.score is None:
-            sys.exit(f"A check failed: {verdict.error}. Start this again.")
-        scores.append(verdict.score)
-    return scores
+def _scores(verdicts: Sequence[Verdict]) -> list[float]:
+    sound(verdicts)
+    return [verdict.score or 0.0 for verdict in verdicts]
 
 
 def main() -> None:
     if len(sys.argv) < 4:
-        sys.exit("Expected: python -m benchmarks.mixture ADAPTER.gguf RUN-FOLDER SHARE...")
+        sys.exit("Expected: python -m benchmarks.mixture ADAPTER RUN-FOLDER SHARE...")
     before, run, shares = Path(sys.argv[1]), Path(sys.argv[2]), [float(one) for one in sys.argv[3:]]
     held_out, store = run / "held-out.jsonl", OUT / "verdicts.jsonl"
     lines = [
@@ -131,8 +126,7 @@ def main() -> None:
         evaluated(held_out, *asked, "--unsafe-share", "0.5", "--fit", fitted)
         (result,) = evaluated(held_out, *asked, "--by", "task")
         tasks = {row["name"]: row["auroc"] for row in result["breakdown"]["task"]}
-        (points,) = yaml.safe_load(fitted.read_text("utf-8")).values()
-        cells = followed(adapter, held_out, points["rsafe-18"]["threshold"], store)
+        cells = followed(adapter, fitted, held_out, store)
         judged = [f"{tasks[task]:.3f}" for task in ("prompt", "response", "document")]
         lines.append(f"| {' | '.join([f'{share:.2f}', *judged, *cells.values()])} |")
         print(lines[-1], flush=True)

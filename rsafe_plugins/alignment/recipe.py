@@ -212,11 +212,12 @@ def load_recipe(stage: type[_Stage], recipe: str | Path | None, options: Mapping
     """
     values = _read(stage, recipe) if recipe is not None else {}
     source = f"The recipe {recipe}" if recipe is not None else "The settings"
+    defaults = stage().model_dump()
     for name, value in options.items():
         head, dot, tail = name.partition(".")
         if not dot:
             values[head] = value
-        elif isinstance(part := values.setdefault(head, _default(stage, head)), dict):
+        elif isinstance(part := values.setdefault(head, defaults.get(head, {})), dict):
             part[tail] = value
         else:
             raise SettingsError(f"There is no setting {name}: {head} has no parts.")
@@ -233,12 +234,6 @@ def load_recipe(stage: type[_Stage], recipe: str | Path | None, options: Mapping
             ) from error
         said = first["msg"].removeprefix("Value error, ")
         raise SettingsError(f"{source} can't be used: {where + ': ' if where else ''}{said}.") from error
-
-
-def _default(stage: type[StageSettings], name: str) -> Any:
-    """The parts of a setting as they are unless something is said."""
-    found = stage.model_fields[name].default if name in stage.model_fields else {}
-    return found.model_dump() if isinstance(found, BaseModel) else found
 
 
 def _read(stage: type[StageSettings], recipe: str | Path) -> dict[str, Any]:

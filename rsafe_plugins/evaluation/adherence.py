@@ -10,7 +10,7 @@ from pathlib import Path
 from rsafe_plugins.errors import DataError
 from rsafe_plugins.evaluation.items import LabelledItem
 from rsafe_plugins.evaluation.run import judge
-from rsafe_plugins.guard import Guard
+from rsafe_plugins.guard import Guard, Verdict
 from rsafe_plugins.policy import Policy
 from rsafe_plugins.policy.taxonomies import corresponding
 
@@ -124,20 +124,12 @@ def adherence(
         DataError: No item can be used, or the store holds something else than verdicts.
     """
     asked = pairs(items, taxonomy, policy, others=others)
-    guards: dict[str, Guard] = {}
-    for pair in asked:
-        for one in (pair.with_them, pair.without_them):
-            guards[one.digest] = guards.get(one.digest) or guard_of(one)
-    texts = [pair.item for pair in asked]
-    by_item = {id(pair.item): pair for pair in asked}
-    with_it = judge(
-        texts, lambda item: guards[by_item[id(item)].with_them.digest], store, on_progress=on_progress
-    )
-    without_it = judge(
-        texts,
-        lambda item: guards[by_item[id(item)].without_them.digest],
+    with_it = judge_under([(pair.item, pair.with_them) for pair in asked], guard_of, store, on_progress)
+    without_it = judge_under(
+        [(pair.item, pair.without_them) for pair in asked],
+        guard_of,
         store,
-        on_progress=lambda done: on_progress(len(texts) + done),
+        lambda done: on_progress(len(asked) + done),
     )
     rows = [
         (pair.categories, first.label, second.label)
@@ -147,6 +139,28 @@ def adherence(
         _row(category.id, [row for row in rows if category.id in row[0]]) for category in policy.categories
     ]
     return [*(one for one in found if one.items), _row("", rows)]
+
+
+def judge_under(
+    asked: Sequence[tuple[LabelledItem, Policy]],
+    guard_of: Callable[[Policy], Guard],
+    store: Path | None = None,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> list[Verdict]:
+    """A verdict for each item under its policy, in order.
+
+    Args:
+        asked: Items, each with its policy.
+        guard_of: The guard for a policy, asked for once each.
+        store: A file for the verdicts, as `judge` takes it.
+        on_progress: Called with the number of verdicts that are there.
+
+    Raises:
+        DataError: The store holds something else than verdicts.
+    """
+    guards = {digest: guard_of(policy) for digest, policy in {one.digest: one for _, one in asked}.items()}
+    of_item = {id(item): guards[policy.digest] for item, policy in asked}
+    return judge([item for item, _ in asked], lambda item: of_item[id(item)], store, on_progress=on_progress)
 
 
 def _drawn(policy: Policy, own: frozenset[str], others: int | None) -> frozenset[str]:

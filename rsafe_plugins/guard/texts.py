@@ -26,7 +26,7 @@ _PAYLOAD = frozenset({"data", "base64", "file_data"})
 _DATA_URL = re.compile(r"(\s*data:([\w.+-]+/[\w.+-]+)?([^,]{0,256}),)(.*)", re.IGNORECASE | re.DOTALL)
 # Keys of a block whose values are its form and never reach a model as text, and those that are plain text.
 _FORM = frozenset({"type", "id", "index", *_MIME})
-_PLAIN = ("text", "reasoning", "reasoning_content", "thinking", "refusal")
+_PLAIN = ("text", "reasoning", "reasoning_content", "thinking", "refusal", "title", "context", "caption")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,22 +81,18 @@ def _block(block: Mapping[Any, Any]) -> Iterator[str | UnreadableContent]:
         closed = kind
     if closed is not None:
         yield UnreadableContent(closed)
-    rest = {}
+    readable = {}
     for key, value in block.items():
         if key in _PLAIN and isinstance(value, str):
             yield value
         elif key == "content" and isinstance(value, str | list | tuple):
             yield from _texts(value)
         elif key not in _FORM and value and closed is None:
-            rest[key] = value
-    declared = {key: block[key] for key in (*_MIME, "type") if key in block}
-    readable = {}
-    for key, value in rest.items():
-        try:
-            # A key that is no str can be one that JSON doesn't take.
-            readable[str(key)] = _readable(value, kind, {**declared, **rest}, key)
-        except UnreadableContent as error:
-            yield error
+            try:
+                # A key that is no str can be one that JSON doesn't take.
+                readable[str(key)] = _readable(value, kind, block, key)
+            except UnreadableContent as error:
+                yield error
     if readable:
         yield json.dumps(readable, ensure_ascii=False, default=str)
 

@@ -20,7 +20,7 @@ from nemoguardrails.context import raw_llm_request
 from rsafe_plugins.errors import RSafeError, UnreadableContent
 from rsafe_plugins.guard import Content, Guard, Verdict
 from rsafe_plugins.guard.content import Turn
-from rsafe_plugins.guard.texts import Said, Text, acheck_many, contents_of, parts, text_of, turn_of, worst
+from rsafe_plugins.guard.texts import Said, acheck_many, contents_of, parts, text_of, turn_of, worst
 from rsafe_plugins.nemo.chunks import Chunks
 from rsafe_plugins.nemo.guards import Rail, RailGuards, policies_in
 from rsafe_plugins.nemo.refusal import REFUSE, is_refusal, refusal_of
@@ -344,7 +344,8 @@ class RailActions:
         judged: list[Judged] = []
         for result in results if isinstance(results, list | tuple) else [results]:
             known = result if isinstance(result, Mapping) else {"content": result}
-            judged += _result(text_of(known.get("content")), str(known.get("name") or ""), history)
+            said = text_of(known.get("content"))
+            judged += contents_of(said, "tool_result", str(known.get("name") or ""), history)
         return await self._worst(self.guards.of("tool_result", policy, config), judged)
 
     async def _judge(
@@ -471,12 +472,8 @@ def _results_since_answer(shown: Sequence[Said]) -> list[Judged]:
         if message.kind == "response" and message.said.text.strip():
             results.clear()
         elif message.kind == "tool_result":
-            results += _result(message.said, message.name, _turns(shown[:number]))
+            results += contents_of(message.said, "tool_result", message.name, _turns(shown[:number]))
     return results
-
-
-def _result(said: Text, name: str, history: tuple[Turn, ...]) -> list[Judged]:
-    return [*contents_of(said, "tool_result", name, history)]
 
 
 def _said(events: Sequence[Any], config: RailsConfig | None) -> list[Said]:

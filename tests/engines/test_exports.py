@@ -112,9 +112,8 @@ def test_peft_merged_and_gguf_adapters_agree_on_200_verdict_probabilities(
     merged = scores(TransformersBackend(export_merged(adapter, base, tmp_path / "merged")))
     lora = scores(LlamaCppBackend(dequantized, adapter=beside))
     assert len(ITEMS) == len(set(ITEMS)) == 200
-    # Where all items got one verdict, agreement would say little.
-    assert peft.min() < 0.1
-    assert peft.max() > 0.8
+    # Where all items got much the same verdict, agreement would say little.
+    assert np.ptp(peft) > 0.5
     assert np.abs(peft - merged).max() <= 0.05
     assert np.abs(peft - lora).max() <= 0.05
     assert np.abs(merged - lora).max() <= 0.05

@@ -68,8 +68,10 @@ def test_small_policies_differ_in_the_items_own_categories_alone() -> None:
     seen: list[Policy] = []
     assert rows(follows, others=3, seen=seen)[-1] == Adherence("", 3, 3, 3, 3, 0)
     small = [frozenset(category.id for category in policy.categories) for policy in seen]
-    own = [with_ids - without for with_ids, without in zip(small[::2], small[1::2], strict=True)]
-    assert {len(without) for without in small[1::2]} == {3}
+    # Those with them are asked for first, then those without them.
+    with_own, without_own = small[: len(small) // 2], small[len(small) // 2 :]
+    own = [with_ids - without for with_ids, without in zip(with_own, without_own, strict=True)]
+    assert {len(without) for without in without_own} == {3}
     assert set(own) == {frozenset({"U9"}), frozenset({"U14"}), frozenset({"U9", "U14"})}
     again: list[Policy] = []
     rows(follows, others=3, seen=again)

@@ -24,8 +24,13 @@ PDF = {"mime_type": "application/pdf", "data": "JVBERi0x"}
         {"type": "tool_result", "content": [IMAGE, {"type": "text", "text": ATTACK}]},
         {"type": "custom", "attached": PDF, "note": ATTACK},
         {"type": "file", "file_id": "file-1", "text": ATTACK},
+        {
+            "type": "document",
+            "source": {"type": "url", "url": "https://example.org/a.pdf"},
+            "context": ATTACK,
+        },
     ],
-    ids=["before it", "one block", "an image's", "nested", "another key", "a reference's"],
+    ids=["before it", "one block", "an image's", "nested", "another key", "a reference's", "a document's"],
 )
 def test_text_beside_what_cannot_be_read_is_kept(content: Any) -> None:
     said = text_of(content)

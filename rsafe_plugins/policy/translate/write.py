@@ -63,9 +63,8 @@ def nemo_config(policies: Iterable[Policy], folder: Path) -> list[Path]:
     for kind, policy in by_kind.items():
         section, flow, rail = _RAILS[kind]
         if policy.digest not in written:
-            path = written[policy.digest] = (
-                folder / f"policy-{rail.replace('_', '-')}.json"
-            )  # NeMo takes YAML for config
+            # NeMo would take YAML for config.
+            path = written[policy.digest] = folder / f"policy-{rail.replace('_', '-')}.json"
             policy.save(path)
         rails[section] = {"flows": [flow]}
         named[rail] = written[policy.digest].name

@@ -357,6 +357,23 @@ async def test_an_image_from_a_tool_is_a_failed_check() -> None:
     assert state["messages"][2].response_metadata[MARK]["label"] is None
 
 
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_text_beside_an_image_is_refused_where_the_guard_fails(fault: str) -> None:
+    lookup, _ = counting_tool(
+        lambda text: [{"type": "text", "text": "calm"}, {"type": "image", "data": "AAAA"}]
+    )
+    replies = (said("", call("lookup", text="sea")), said(ANSWER))
+    agent = agent_of(
+        *replies,
+        tools=[lookup],
+        backend=ScriptedBackend(FAULTS[fault]),
+        settings={"timeout": 0.2},
+        exit_behavior="replace",
+        **only("check_tool_results"),
+    )
+    assert texts(await run(agent))[2:] == [REFUSAL, ANSWER]
+
+
 async def test_text_beside_an_image_is_judged_where_failed_checks_pass() -> None:
     said_by_tool = [
         {"type": "text", "text": BAD},

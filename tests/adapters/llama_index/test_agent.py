@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from llama_index.core.agent.workflow import AgentWorkflow, FunctionAgent
-from llama_index.core.base.llms.types import TextBlock, ThinkingBlock
+from llama_index.core.base.llms.types import ImageBlock, TextBlock, ThinkingBlock
 from llama_index.core.llms import ChatMessage
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.tools import FunctionTool, QueryEngineTool, ToolOutput
@@ -116,14 +116,51 @@ async def test_an_attack_before_the_last_message_is_judged() -> None:
 )
 async def test_what_another_agent_hands_over_is_judged(question: str, answer: str, asked: int) -> None:
     run = Run(said(ANSWER))
+    assert await handed_over(run, question) == answer
+    assert len(run.asked) == asked
+    assert not holds(CANARY, run.remembered())
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("on_error", ["block", "allow", "raise"])
+async def test_a_guard_that_fails_after_a_handover_does_what_on_error_says(
+    fault: str, on_error: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(
+        said(ANSWER),
+        backend=ScriptedBackend(FAULTS[fault]),
+        guard={"timeout": 0.1, "on_error": on_error},
+        **{name: name == "check_input" for name in CHECKS},
+    )
+    if on_error == "raise":
+        with pytest.raises(Exception, match=r"."):
+            await handed_over(run, QUESTION)
+    else:
+        assert await handed_over(run, QUESTION) == (ANSWER if on_error == "allow" else REFUSAL)
+    assert len(run.asked) == (1 if on_error == "allow" else 0)
+    assert ("the guard failed" in caplog.text) == (on_error == "block")
+
+
+async def handed_over(run: Run, question: str) -> str:
+    """The answer to a question that another agent hands over to the one that is guarded."""
     hand_over = calls(("handoff", {"to_agent": "agent", "reason": "It knows more."}))
     model, _ = scripted_agent_model(hand_over)
     router = FunctionAgent(
         name="router", description="A router.", llm=model, can_handoff_to=["agent"], streaming=False
     )
     workflow = AgentWorkflow(agents=[router, run.agent], root_agent="router")
-    assert str(await workflow.run(user_msg=question, memory=run.memory)) == answer
-    assert len(run.asked) == asked
+    return str(await workflow.run(user_msg=question, memory=run.memory))
+
+
+async def test_text_beside_an_image_from_a_tool_is_judged_where_failed_checks_pass() -> None:
+    blocks = [TextBlock(text=BAD), ImageBlock(url="https://example.org/a.png")]
+    output = ToolOutput(blocks=blocks, tool_name="lookup", raw_input={}, raw_output=None)
+    run = Run(calls(("lookup", {"text": "sea"})), said(ANSWER), guard={"on_error": "allow"})
+    run.agent.tools = [
+        FunctionTool.from_defaults(lambda text: output, name="lookup", description="Looks up.")
+    ]
+    assert await run.ask() == ANSWER
+    assert not holds(CANARY, run.asked[-1])
 
 
 async def test_an_agents_name_may_have_dots() -> None:

@@ -286,6 +286,19 @@ async def test_a_failed_guard_does_what_on_error_says(
             assert await text_of(await ask(engine, how=how)) == expected, check
 
 
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("on_error", ["block", "allow", "raise"])
+def test_retrieving_with_a_failed_guard_does_what_on_error_says(fault: str, on_error: str) -> None:
+    settings = {"backend": ScriptedBackend(FAULTS[fault]), "timeout": 0.1, "on_error": on_error}
+    engine = RSafeQueryEngine(query_engine(Says(text=ANSWER), *FACTS), settings, check_nodes=False)
+    if on_error == "raise":
+        with pytest.raises(Exception, match=r"."):
+            engine.retrieve(QueryBundle("When do you open?"))
+    else:
+        found = [node.text for node in engine.retrieve(QueryBundle("When do you open?"))]
+        assert found == ([] if on_error == "block" else list(FACTS))
+
+
 async def test_a_cancelled_query_cancels_the_engine() -> None:
     started, dropped = threading.Event(), threading.Event()
 

@@ -176,6 +176,14 @@ async def test_results_of_a_turn_are_one_batch_and_the_worst_decides(results: Ap
     assert "Tool result (read): BAD" in judged(backend)[1]
 
 
+async def test_text_beside_an_image_is_judged_where_failed_checks_pass(results: App) -> None:
+    results.guard_with(unsafe_where("BAD"), on_error="allow")
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    said = {"role": "tool", "name": "read", "content": [{"type": "text", "text": "BAD"}, image]}
+    check = results.rails.runtime.action_dispatcher.get_action("rsafe_check_tool_result")
+    assert (await check(results=[said])).is_blocked
+
+
 async def test_results_that_pass_reach_the_main_model_and_its_answer_the_client(results: App) -> None:
     results.guard_with(ScriptedBackend(SAFE))
     assert await results.reply(*asked("one", "two")) == ANSWER
