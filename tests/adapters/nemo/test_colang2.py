@@ -113,25 +113,92 @@ async def test_a_policy_that_is_not_there_blocks() -> None:
     assert ANSWER not in await reply(build(ScriptedBackend(SAFE), flows))
 
 
+async def talk(app: LLMRails, *turns: str) -> list[list[str]]:
+    """What is said in each turn of a conversation that NeMo keeps the state of."""
+    state, said = None, []
+    for text in turns:
+        events = [{"type": "UtteranceUserActionFinished", "final_transcript": text}]
+        said.append([])
+        while events:
+            output, state = await app.process_events_async(events, state)
+            spoken = [event for event in output if event["type"] == "StartUtteranceBotAction"]
+            said[-1] += [event["script"] for event in spoken]
+            events = [
+                {
+                    **event,
+                    "type": "UtteranceBotActionFinished",
+                    "final_script": event["script"],
+                    "is_success": True,
+                }
+                for event in spoken
+            ]
+    return said
+
+
+IN_TURNS = CHAT.replace("flow main\n", "flow main\n  activate chat\n\nflow chat\n").replace(
+    "The sea is calm today.", "It is BAD."
+)
+
+
+@pytest.mark.parametrize(
+    ("reply", "more"),
+    [(UNSAFE, ""), (UNSAFE, "enable_rails_exceptions: true"), ("garbage", "")],
+    ids=["unsafe", "with exceptions", "no verdict"],
+)
+async def test_an_answer_after_a_blocked_one_is_judged(reply: str, more: str) -> None:
+    backend = ScriptedBackend(
+        lambda request: reply if "Agent: It is BAD.\n<END" in request.messages[-1].content else SAFE
+    )
+    turns = await talk(build(backend, IN_TURNS, more=more), "one", "two", "three")
+    assert turns == [[] if more else [REFUSAL]] * 3
+    assert sum("Agent: It is BAD.\n<END" in text for text in judged(backend)) >= 3
+
+
+async def test_an_answer_after_another_rail_that_aborted_is_judged() -> None:
+    other = '  if $output_text == "Hello."\n    bot refuse to respond\n    abort\n  rsafe check output\n'
+    both = IN_TURNS.replace("  rsafe check output\n", other).replace(
+        '  bot say "It is BAD."',
+        '  bot say "Hello."\n\nflow chat again\n  user said "two"\n  bot say "It is BAD."',
+    )
+    both = both.replace("user said something", 'user said "one"').replace(
+        "  activate chat\n", "  activate chat\n  activate chat again\n"
+    )
+    turns = await talk(build(unsafe_where("Agent: It is BAD.\n<END"), both), "one", "two")
+    assert turns == [[REFUSAL]] * 2
+
+
+async def test_an_answer_after_a_check_that_raised_is_judged() -> None:
+    backend = ScriptedBackend(
+        lambda request: "garbage" if "Agent: It is BAD.\n<END" in request.messages[-1].content else SAFE
+    )
+    turns = await talk(build(backend, IN_TURNS, on_error="raise"), "one", "two", "three")
+    assert not any("BAD" in text for said in turns for text in said)
+
+
+@pytest.mark.xfail(strict=True, reason="NeMo skips the output rails of what is said while they run.")
+async def test_answers_that_are_said_at_once_are_each_judged() -> None:
+    both = CHAT.replace(
+        'bot say "The sea is calm today."', 'bot say "The sea is calm today." and bot say "It is BAD."'
+    )
+    backend = unsafe_where("Agent: It is BAD.\n<END")
+    (said,) = await talk(build(backend, both), "one")
+    assert "It is BAD." not in said
+
+
+async def test_the_rails_run_without_nemos_own_import() -> None:
+    config = RailsConfig.from_content(
+        colang_content="import core\nimport rsafe_plugins.rails\n" + CHAT,
+        yaml_content='colang_version: "2.x"\nmodels: []\nimport_paths: [rsafe_plugins/rails]\n',
+    )
+    config.custom_data["rsafe"] = {"backend": ScriptedBackend(UNSAFE)}
+    assert await reply(LLMRails(config, llm=MainModel())) == REFUSAL
+
+
 async def test_a_conversation_of_several_turns_is_judged_as_one() -> None:
     flows = CHAT.replace("flow main\n", "flow main\n  activate chat\n\nflow chat\n")
     backend = ScriptedBackend(SAFE)
     app = build(backend, flows)
-    state = None
-    for text in ("one", "two"):
-        said = {"type": "UtteranceUserActionFinished", "final_transcript": text}
-        output, state = await app.process_events_async([said], state)
-        spoken = [event for event in output if event["type"] == "StartUtteranceBotAction"]
-        finished = [
-            {
-                **event,
-                "type": "UtteranceBotActionFinished",
-                "final_script": event["script"],
-                "is_success": True,
-            }
-            for event in spoken
-        ]
-        _, state = await app.process_events_async(finished, state)
+    await talk(app, "one", "two")
     prompts = [text for text in judged(backend) if text.partition("\n<END")[0].endswith("User: two")]
     assert prompts == [f"User: one\nAgent: {ANSWER}\nUser: two\n<END CONVERSATION>"]
 
