@@ -15,7 +15,7 @@ from rsafe_plugins import Content, Policy
 from rsafe_plugins.commands import common
 from rsafe_plugins.commands.check import FAILED
 from rsafe_plugins.errors import PolicyError
-from rsafe_plugins.policy import Category
+from rsafe_plugins.policy import Category, files
 from rsafe_plugins.policy.taxonomies import corresponding, taxonomy_names
 from rsafe_plugins.policy.translate import FORMATS, Entry, Format, NoPolicyError, Translation
 from rsafe_plugins.policy.translate import translate as read
@@ -102,7 +102,7 @@ def translate(
             raise click.UsageError("--to nemo writes a folder: name it with --out.")
         written = nemo_config(policies, out)
     else:
-        written = _write(texts, out, to) if out is not None else []
+        written = _write(policies, texts, out, to, Path(source)) if out is not None else []
         if out is None and not as_json:
             click.echo("\n---\n".join(texts.values()), nl=False)
     if not as_json:
@@ -119,7 +119,7 @@ def _texts(policies: list[Policy], to: str) -> dict[str, str]:
     return {policy.name: render[to](policy) for policy in policies} if to in render else {}
 
 
-def _write(texts: dict[str, str], out: Path, to: str) -> list[Path]:
+def _write(policies: list[Policy], texts: dict[str, str], out: Path, to: str, source: Path) -> list[Path]:
     suffix = {"policy": ".yaml", "gpt-oss-safeguard": ".md", "llama-guard": ".txt"}[to]
     if len(texts) == 1 and out.suffix:
         paths = [out]
@@ -131,11 +131,13 @@ def _write(texts: dict[str, str], out: Path, to: str) -> list[Path]:
                 f"{out}: there are {len(texts)} policies, and no folder can be made ({error.strerror})."
             ) from None
         paths = [out / f"{name}{suffix}" for name in _file_names(texts)]
-    for path, text in zip(paths, texts.values(), strict=True):
-        try:
-            path.write_text(text, "utf-8", newline="\n")
-        except OSError as error:
-            raise PolicyError(f"{path}: the file can't be written ({error.strerror}).") from None
+    if source in paths or any(path.exists() and path.samefile(source) for path in paths):
+        raise PolicyError(f"{source}: this is what is translated; name another file with --out.")
+    for path, policy in zip(paths, policies, strict=True):
+        if to == "policy":
+            policy.save(path)
+        else:
+            files.write_text(path, texts[policy.name])
     return paths
 
 

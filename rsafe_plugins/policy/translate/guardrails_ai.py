@@ -16,6 +16,11 @@ _SAFETY: Mapping[str, tuple[str, str]] = {
     "nsfw-text": ("Not safe for work", "Sexual, graphic or otherwise not fit for a workplace."),
     "detect-pii": ("Personal data", "Data that identifies a person."),
     "guardrails-pii": ("Personal data", "Data that identifies a person."),
+    "is-profanity-free": ("Profanity", "Swear words, curse words and other obscene language."),
+    "detect-prompt-injection": ("Jailbreak", "Attempts to get a model to ignore its rules."),
+    "prompt-injection-detector": ("Jailbreak", "Attempts to get a model to ignore its rules."),
+    "pii": ("Personal data", "Data that identifies a person."),
+    "detect-secrets": ("Secrets", "Passwords, keys and other secrets."),
     "detect-jailbreak": ("Jailbreak", "Attempts to get a model to ignore its rules."),
     "unusual-prompt": ("Unusual prompt", "Attempts to trick a model by an unusual way of asking."),
     "restricttotopic": ("Off topic", "What is about none of the topics that are allowed."),
@@ -35,12 +40,19 @@ _SAFETY: Mapping[str, tuple[str, str]] = {
     ),
     "shieldgemma-2b": ("Unsafe content", "Dangerous content, harassment, hate speech and sexual content."),
 }
-_NAMESPACES = re.compile(r"^(?:[\w.-]+/)?(?P<name>[\w.-]+)$")
+# Those whose name says that they check form or quality.
+_NO_POLICY = re.compile(
+    r"length|range|choices|valid|regex|json|sql|csv|python|xml|case|line|words|reading|readab|similar|summar|provenance|"
+    r"relevan|halluc|ground|factual|language$|quality|translat|politeness|redundan|salien|logic|url|address|endpoint|"
+    r"price|tone|respons|critic|column|ends|starts|contains|matches|cucumber|spec|sentence|exclude|reachable|"
+    r"sanitiz|format|date|number|unique|count"
+)
+_NAMESPACES = re.compile(r"^(?:hub://)?(?:[\w.-]+/)*(?P<name>[\w.-]+)$")
 _LISTS = re.compile(r"\"([^\"]+)\"|'([^']+)'")
 _NAMED = re.compile(r"\b(\w+) ?=\s*(\[[^\]]*\]|\"[^\"]*\"|'[^']*'|[^,\s]+)")
 _WORDS = re.compile(r"topic|word|entit|competitor|list|term|ban", re.IGNORECASE)
 _NUMBERS = re.compile(r"(?:[\d.]|true|false|none|sentence|full|\s)+", re.IGNORECASE)
-_VALIDATOR = re.compile(r"(?P<name>[\w./-]+)\s*(?::\s*(?P<arguments>\{[^}]*\}|\[[^\]]*\]|[^;]*))?")
+_VALIDATOR = re.compile(r"(?P<name>(?:hub://)?[\w./-]+)\s*(?::\s*(?P<arguments>\{[^}]*\}|\[[^\]]*\]|[^;]*))?")
 
 
 def looks_like(text: str) -> bool:
@@ -112,9 +124,11 @@ def add_validator(draft: Draft, name: str, words: Words, piece: Piece) -> list[E
         Why it is none, if it is none.
     """
     plain = _NAMESPACES.match(name)
-    known = _SAFETY.get((plain["name"] if plain else name).casefold().replace("_", "-"))
+    asked = (plain["name"] if plain else name).casefold().replace("_", "-")
+    known = _SAFETY.get(asked)
     if known is None:
-        return [Entry(piece, reason="a validator that checks form or quality, not safety")]
+        is_form = bool(_NO_POLICY.search(asked))
+        return [Entry(piece, reason="a validator that checks form or quality, not safety" if is_form else "")]
     title, description = known
     rule = Rule(title, piece, description=description)
     for key, values in words:

@@ -75,6 +75,12 @@ _SETTING_OF = re.compile(
     r"prompts\[\d+\]\.(?!content|messages).*|prompts\[\d+\]\.messages\[\d+\]\.(?:type|role)|instructions\[\d+\]\.type"
 )
 _VALIDATORS = "rails.config.guardrails_ai.validators"
+_JUDGED = ("input", "output", "retrieval")
+_FORBIDDEN_LIST = re.compile(r"deny|denied|forbid|block|banned|ban_|prohibit|disallow", re.IGNORECASE)
+# Imports that hold no rules of the app's own.
+_KNOWN_IMPORT = re.compile(
+    r"rsafe_plugins\b.*|nemoguardrails\b.*|core|guardrails|llm|avatars|timing|utils|attention|passthrough"
+)
 _CONTROL = re.compile(r"\{[%#].*?[%#]\}", re.DOTALL)
 _PLACE = re.compile(r"\{\{.*?\}\}", re.DOTALL)
 
@@ -125,13 +131,18 @@ class Folder:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """The YAML and Colang files below a folder. Links to folders aren't followed: they may lead in a circle."""
+    """The YAML and Colang files that NeMo loads from a folder: behind links, too, but not the knowledge base."""
     count = 0
-    for folder, folders, names in os.walk(root, followlinks=False):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "kb")
+    seen = set()  # links may lead in a circle
+    for folder, folders, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if name != ".git")
         for name in names:
             path = Path(folder, name)
-            if path.suffix in (*_YAML, _COLANG) and not name.startswith("."):
+            if path.suffix in (*_YAML, _COLANG) and not path.relative_to(root).as_posix().startswith("kb"):
                 count += 1
                 if count > MOST_FILES:
                     raise PolicyError(
@@ -200,6 +211,8 @@ def _rest(folder: Folder, known: Sequence[Entry]) -> list[Entry]:
                 first in _SETTINGS or bool(_SETTING_OF.fullmatch(key)) or key.startswith("custom_data.rsafe.")
             )
             reason = "a setting" if is_setting else ""
+            if first == "import_paths" and not _KNOWN_IMPORT.fullmatch(text.strip()):
+                reason = ""  # what is there isn't read
             if first == "flows" and folder.version == "1.0":
                 reason = "a step of a flow"
             others.append(Entry(Piece(str(text), file, text.line, key), reason=reason))
@@ -280,7 +293,11 @@ def _topics(draft: Draft, pieces: Sequence[Piece]) -> list[Entry]:
         for sentence in sentences(piece.text):
             part = Piece(sentence, piece.file, piece.line, piece.key)
             if forbids_something(sentence, strictly=True):
+                count = len(draft.rules)
                 others += add_sentence(draft, part)
+                for rule in draft.rules[count:]:
+                    # It says what the bot may not do, and what is judged is the user's message.
+                    rule.description = f"A message that breaks this rule or asks for what does: {sentence}"
             else:
                 said.append(part)
     if said:
@@ -295,7 +312,17 @@ def _instructions(folder: Folder, draft: Drafts) -> list[Entry]:
     for file, key, item in folder.lists("instructions"):
         content = at(item, "content")
         pieces = _text_lines(content, file, f"{key}.content") if isinstance(content, Text) else []
+        lead = ""  # forbids the bullets that follow
         for piece in unwrapped(pieces):
+            is_bullet = bool(BULLET.match(piece.text))
+            if is_bullet and lead:
+                others += add_sentence(draft("output", "instructions", "G"), piece, says="forbids", lead=lead)
+                continue
+            begins = not is_bullet and piece.text.rstrip().endswith(":")
+            lead = piece.text.strip() if begins and plain.polarity(piece.text) == "forbids" else ""
+            if lead:
+                others.append(Entry(piece, reason="a heading"))
+                continue
             for sentence in sentences(BULLET.sub("", piece.text)):
                 part = Piece(sentence, piece.file, piece.line, piece.key)
                 if forbids_something(sentence):
@@ -318,14 +345,15 @@ def _lists(folder: Folder, draft: Drafts) -> list[Entry]:
                 continue
             piece = Piece(str(text), file, text.line, key)
             name = key.rsplit(".", 1)[-1].partition("[")[0]
-            rail = next((rail for rail in ("input", "output", "retrieval") if f".{rail}." in key), "input")
+            rail = next((rail for rail in _JUDGED if f".{rail}." in key), "input")
             if name == "entities":
                 one = draft(rail, "sensitive-data", "D")
                 title = text.replace("_", " ").capitalize()
                 meant = f"Personal data of the kind {title.lower()}."
                 one.rules.append(Rule(title, piece, id=str(text), description=meant))
             elif name in ("blocked_labels", "blocked_classes", "labels"):
-                draft(rail, "classifier", "L").rules.append(Rule(str(text), piece))
+                for use in _rails_with(folder, key.split(".")[-2]) or [rail]:
+                    draft(use, "classifier", "L").rules.append(Rule(str(text), piece))
             elif name in ("patterns", "injections") or "yara_rules" in key or "regex" in key:
                 others.append(
                     Entry(piece, reason="a pattern, which NeMo's own rail matches exactly; keep that rail")
@@ -333,7 +361,7 @@ def _lists(folder: Folder, draft: Drafts) -> list[Entry]:
             elif "refusal" in key or "message" in name:
                 others.append(Entry(piece, reason="what the bot says; keep it"))
             else:
-                is_policy = forbids_something(text)
+                is_policy = forbids_something(text) or bool(_FORBIDDEN_LIST.search(name))
                 others.append(
                     Entry(piece, reason="" if is_policy else "a setting of one of NeMo's own rails")
                 )
@@ -349,14 +377,19 @@ def _validators(folder: Folder, draft: Drafts) -> list[Entry]:
             continue
         piece = Piece(str(name), file, name.line, f"{key}.name")
         words = list(_words(item, file, key))
-        uses = [
-            rail
-            for rail in ("input", "output")
-            if any(name in str(flow) for _, _, flow in folder.lists("rails", rail, "flows"))
-        ]
-        for rail in uses or ["input"]:
+        for rail in _rails_with(folder, name) or ["input"]:
             others += guardrails_ai.add_validator(draft(rail, "guardrails-ai", "V"), name, words, piece)
     return others
+
+
+def _rails_with(folder: Folder, name: str) -> list[str]:
+    """The rails whose flows name something."""
+    word = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
+    return [
+        rail
+        for rail in _JUDGED
+        if any(word.search(str(flow)) for _, _, flow in folder.lists("rails", rail, "flows"))
+    ]
 
 
 def _words(item: Any, file: str, key: str) -> Iterator[tuple[str, list[tuple[str, Piece]]]]:

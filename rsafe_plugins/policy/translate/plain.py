@@ -5,8 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from rsafe_plugins.policy.translate.pieces import Draft, Entry, Piece
-from rsafe_plugins.policy.translate.prose import BULLET, Says, add_sentence, is_rule, sentences, unwrapped
+from rsafe_plugins.policy.translate.pieces import Draft, Entry, Piece, Rule, capital
+from rsafe_plugins.policy.translate.prose import (
+    BULLET,
+    Says,
+    add_sentence,
+    is_rule,
+    is_whole_rule,
+    sentences,
+    unwrapped,
+)
 
 _HASHES = re.compile(r"\s{0,3}(?P<hashes>#{1,6})\s+(?=[^\s#])")
 _LINE = re.compile(r"(?:={3,}|-{3,}|_{3,}|\*{3,})\s*$")
@@ -19,7 +27,8 @@ def _form(pattern: str) -> re.Pattern[str]:
 
 
 _GOOD = _form(
-    r"\b(?:allow\w*|permit\w*|permissible|acceptable|ok(?:ay)?|fine|exceptions?|do'?s)\b|\b(?:may|can)\s*:?\s*$|"
+    r"\b(?:allow\w*|permit\w*|permissible|acceptable|accepted|approved|ok(?:ay)?|fine|exceptions?|do'?s)\b|"
+    r"\b(?:may|can)\s*:?\s*$|\bcan\s+(?:help|assist|answer|discuss|talk)\b|"
     r"^(?:what\s+)?(?:the\s+)?(?:users?|bots?|you|we|they|messages?|assistants?|models?)\s+(?:may|can)\b"
 )
 _SAFE = _form(r"^\W*safe(?:\s+(?:content|messages?))?\s*(?:\([^)]*\))?\W*$")
@@ -28,10 +37,13 @@ _BAD = _form(
     r"unacceptable|don['\u2019]?ts)\b"
 )
 _NEGATION = _form(
-    r"\b(?:not|never|no|non(?=[\s-]*violat)|cannot|nothing)\b|n['\u2019]t\b|\b(?:dont|cant|isnt|arent|wont)\b"
+    r"\b(?:not|never|no|none|neither|nobody|non(?=[\s-]*violat)|cannot|nothing)\b|n['\u2019]t\b|\b(?:dont|cant|isnt|arent|wont)\b"
 )
 _EXCEPT = _form(r"\b(?:except|unless|other\s+than|apart\s+from)\b")
 _MUST = _form(r"\b(?:should|must|shall|needs?\s+to|ha(?:s|ve)\s+to|always|required?)\b|^\W*do\W*$")
+_ONLY = _form(r"\b(?:only|just|solely|exclusively)\b")
+_SAY = r"\b(?:answer|respond|reply|say|output|return)\s+(?:only\s+)?(?:with\s+)?[\"'\u201c]?"
+_SAYS_NO = _form(rf"{_SAY}(?:no|safe|false|0)\b")
 _RULES = _form(r"\b(?:polic(?:y|ies)|rules?|guidelines?)\b")
 _JUDGE = _form(
     r"^(?:your\s+(?:task|job|role)\s+(?:is|will)\b|"
@@ -42,6 +54,17 @@ _JUDGE = _form(
     r"(?:provide|give|add|include|output)\s+(?:an\s+|any\s+|your\s+)?(?:explanations?|reason\w*|anything|other))\b|"
     r"(?:if|when)\b.*\b(?:answer|respond|reply|output|return|say)\s+(?:only\s+)?(?:with\s+)?"
     r"[\"'\u201c]?(?:yes|no|safe|unsafe|block|allow|true|false|0|1)\b)"
+)
+
+
+_UNSAFE = r"[\"'\u201c]?(?:yes|unsafe|block(?:ed)?)\b[\"'\u201d]?"
+_UNSAFE_IF = _form(
+    rf"^(?:please\s+)?{_SAY[2:]}{_UNSAFE}[,\s]+(?:if|when|whenever|where|for)\s+(?P<what>\S.*?)[.\s]*$"
+)
+_IF_UNSAFE = _form(rf"^(?:if|when|whenever)\s+(?P<what>\S.*?),?\s+(?:then\s+)?{_SAY}{_UNSAFE}[.\s]*$")
+_BY_THE_RULES = _form(
+    r"\b(?:polic(?:y|ies)|rules?|guidelines?|instructions?|above|below|following|violat\w+|compl(?:y|ies|iant)|break\w*|"
+    r"block\w*|unsafe|harmful|inappropriate|(?:not|n['\u2019]t)\s+(?:allowed|permitted|acceptable|safe|ok)|any\s+of|it|so)\b"
 )
 
 
@@ -62,8 +85,10 @@ def polarity(title: str) -> Says:
     is_bad = bool(_BAD.search(line))
     negations = len(_NEGATION.findall(line))
     is_reversed = bool(_EXCEPT.search(line))
-    if negations > 1 or (is_good and is_bad):
+    if negations > 1 or (is_good and is_bad) or _SAYS_NO.search(line):
         return "unsure"
+    if is_good and not negations and not is_reversed and _ONLY.search(line):
+        return "demands"  # what it doesn't allow is forbidden
     if is_good and not negations and not is_reversed and _RULES.search(line):
         return ""  # an acceptable use policy says what is not acceptable
     if is_good or is_bad:
@@ -124,7 +149,10 @@ def read(draft: Draft, pieces: Sequence[Piece], *, judge: bool = False) -> list[
             continue
         for part in _parts(piece, judge):
             if judge and _JUDGE.match(part.text):
-                others.append(Entry(part, reason="an instruction to the model that judges"))
+                if condition := _condition(part.text):
+                    draft.rules.append(Rule(condition, part, description=f"{condition}."))
+                else:
+                    others.append(Entry(part, reason="an instruction to the model that judges"))
             elif is_rule(part.text):
                 # Between bullets a rule is one by its own words; without any, its heading may say what it is.
                 others += add_sentence(draft, part, says="" if has_bullets else says)
@@ -132,7 +160,7 @@ def read(draft: Draft, pieces: Sequence[Piece], *, judge: bool = False) -> list[
                     says, lead = "", ""
             else:
                 # Under a heading that forbids or allows, and no bullet: nobody knows whether it belongs there.
-                is_unknown = bool(says) and not has_bullets and not judge
+                is_unknown = bool(says) and not judge and not _bullets_below(pieces[number:])
                 reason = "" if is_unknown else "neither forbids, allows nor demands anything"
                 others.append(Entry(part, reason=reason))
                 if seen and says == "allows":
@@ -145,6 +173,24 @@ def _parts(piece: Piece, judge: bool) -> list[Piece]:
     if not judge or not any(_JUDGE.match(sentence) for sentence in sentences(piece.text)):
         return [piece]
     return [Piece(one, piece.file, piece.line, piece.key) for one in sentences(piece.text)]
+
+
+def _condition(text: str) -> str:
+    """For what the model that judges is told to say that it is unsafe; empty where that is the rest of the prompt."""
+    found = _UNSAFE_IF.match(text.strip()) or _IF_UNSAFE.match(text.strip())
+    if found is None or _BY_THE_RULES.search(found["what"]):
+        return ""
+    return capital(found["what"].strip(" ,"))
+
+
+def _bullets_below(pieces: Sequence[Piece]) -> bool:
+    """Whether there are any before the next heading."""
+    for piece in pieces:
+        if BULLET.match(piece.text):
+            return True
+        if heading(piece.text):
+            break
+    return False
 
 
 def _bare(text: str) -> str:
@@ -181,6 +227,8 @@ def _title(piece: Piece, following: Piece | None) -> str | None:
         return None
     if text.endswith(":"):
         return text
+    if is_whole_rule(text):
+        return None
     if following is None or following.line - piece.line > 2:
         return None
     if _LINE.match(following.text) and following.line == piece.line + 1:

@@ -31,7 +31,7 @@ _NOT = (
 _OK = r"(?:ok(?:ay)?|fine|allowed|acceptable|permitted)"
 _IS = rf"(?:is|are|it{_APOSTROPHE}s)"
 _IS_NOT = rf"(?:{_IS}\s+(?:not|never)|(?:is|are)n{_APOSTROPHE}?t)"
-_BANNED = r"(?:forbidden|prohibited|banned|disallowed|unacceptable)"
+_BANNED = r"(?:forbidden|prohibited|banned|disallowed|unacceptable|off[\s-]+limits)"
 _BLOCKED = r"(?:blocked|rejected|refused|flagged|declined)"
 _BLOCK = r"(?:block|reject|refuse|flag|forbid|ban|decline)"
 _REST = r"\b(?P<rest>.*)$"
@@ -64,10 +64,12 @@ _FORBIDDEN = _form(
 )
 _LISTED = _form(rf"^(?:not\s+{_OK}|{_BANNED})\s*:\s*(?P<what>.+)$")
 _TO_BLOCK = _form(
-    r"^(?P<what>.+?)\s+(?:(?:must|should|shall|will|needs?\s+to|ha(?:ve|s)\s+to|(?:is|are)\s+to)\s+(?:always\s+)?be|"
+    r"^(?P<what>.+?)\s+(?:(?:must|should|shall|will|may|can|might|needs?\s+to|ha(?:ve|s)\s+to|(?:is|are)\s+to)\s+(?:always\s+)?be|"
     rf"(?:is|are)(?:\s+always)?)\s+(?:{_BLOCKED}|{_BANNED}){_REST}"
 )
-_WITHOUT = _form(r"^(?:please\s+)?(?:avoid|refrain\s+from|no|keep\s+away\s+from)\s+(?P<what>.+)$")
+_WITHOUT = _form(
+    r"^(?:please\s+)?(?:avoid|refrain\s+from|no|zero\s+tolerance\s+for|keep\s+away\s+from)\s+(?P<what>.+)$"
+)
 _BLOCKS = _form(
     rf"^(?:please\s+|always\s+)?{_BLOCK}\s+\S|^(?:if|when)\b.*\b(?:then|,)\s*(?:please\s+)?{_BLOCK}\b"
 )
@@ -88,12 +90,18 @@ _FORBIDS_WITHIN = _form(
 # With one of these, a permission says more than that something is allowed.
 _DOUBT = _form(
     rf"\b(?:but|only|never|unless|except\w*|however|although|though|(?:as|so)\s+long\s+as|must|cannot|"
-    rf"(?:should|may|can|shall|will|do|does|is|are)\s*not|{_BANNED}|{_BLOCKED})\b|n{_APOSTROPHE}t\b|[.!?;]\s+\S"
+    rf"(?:should|may|can|shall|will|do|does|is|are)\s*not|not|no|none|nobody|nothing|neither|nor|apart\s+from|"
+    rf"excluding|besides|other\s+than|{_BANNED}|{_BLOCKED})\b|n{_APOSTROPHE}t\b|[.!?;]\s+\S|"
+    rf"(?:^|[,:]\s*)(?:please\s+|always\s+)?{_BLOCK}\b"
 )
 # With one of these, a prohibition says more than that something is forbidden.
 _MORE = _form(
     rf"\b(?:but|however|although|though|may|must|should|(?:is|are)\s+{_OK})\b|[.!?;]\s+[A-Z\"']|^(?:only|just)\b|"
     r"^(?:hesitate|be\s+afraid|worry|mind|need|have\s+to)\b"
+)
+# A list is to follow.
+_OPEN = _form(
+    r"\b(?:about|of|for|with|to|in|on|any|allow|permit|contain|include|the|following|(?:these|those)(?:\s+\w+)?)$"
 )
 _NO_THING = _form(
     r"^(?:if|when|whenever|unless|because|it|this|that|these|those|they|there|what|not|nothing|none|no|one|need|"
@@ -164,6 +172,14 @@ def is_rule(text: str) -> bool:
     if line.endswith("?") or "{{" in line:
         return False  # asks the model that judges, or shows it what is judged
     return bool(_reading(_plain(line))[0])
+
+
+def is_whole_rule(text: str) -> bool:
+    """Whether a sentence says itself what it forbids, and no list below it does."""
+    form, what = _reading(_plain(text))
+    if text.rstrip().endswith(":") or form not in ("does", "has") or _OPEN.search(what):
+        return False
+    return form == "has" or " " in what
 
 
 def forbids_something(text: str, *, strictly: bool = False) -> bool:

@@ -31,15 +31,20 @@ _WITH_ANSWER = re.compile(rf"^{_EXPECTED}\s*(?P<answer>\S.*)$", re.IGNORECASE)
 _BOTH = re.compile(
     rf"^{_CONTENT}\s*(?P<text>\S.*)\s(?:{_EXPECTED}|->|=>|\u2192)\s*(?P<answer>\S.*)$", re.IGNORECASE
 )
-_INLINE = re.compile(r"^[\"\u201c](?P<text>.+)[\"\u201d]\s*(?:->|=>|\u2192|:|-)\s*(?P<answer>\S.*)$")
+_INLINE = re.compile(r"^[\"\u201c](?P<text>.+?)[\"\u201d]\s*(?:->|=>|\u2192|:|-)\s*(?P<answer>\S.*)$")
 _ARROW = re.compile(r"^(?P<text>.*\S)\s*(?:->|=>|\u2192)\s*(?P<answer>\S.*)$")
 _TABLE_LINE = re.compile(r"^\|[\s:|-]+$")
 _KEY = re.compile(
     r"^\W*(?:violat\w+|label|answer|verdict|classification|unsafe|harmful|output)\W*[:=]\s*", re.IGNORECASE
 )
 _SAFE = re.compile(
-    r"^[\W_]*(?:0\b|[A-Z]{1,4}0+\b|no\b|non\b|not\s+(?:a\s+)?violat|does\s+not\s+violat|safe\b|valid\b|benign\b|"
+    r"^[\W_]*(?:0\b|[A-Z]{1,4}0+\b|no\b(?!\s+way)|non\b|not\s+(?:a\s+)?violat|does\s+not\s+violat|safe\b|valid\b|benign\b|"
     r"harmless\b|allow(?:ed)?\b|false\b|compliant\b|ok(?:ay)?\b|acceptable\b)",
+    re.IGNORECASE,
+)
+_QUESTION = re.compile(
+    r"^[\W_]*(?P<what>safe|acceptable|allowed|compliant|ok(?:ay)?|benign|harmless|valid)\W*[:=?]\W*"
+    r"(?P<answer>(?:yes|no|true|false|[01])\b.*)$",
     re.IGNORECASE,
 )
 _UNSAFE = re.compile(
@@ -86,8 +91,8 @@ def read(draft: Draft, pieces: Sequence[Piece]) -> list[Entry]:
                 named = _section(title)
                 if named and not (section == "examples" and level > depth > 0):
                     section, depth = named, level
-                elif section in ("covers", "allows"):
-                    section = "unknown"  # its heading says neither
+                elif section not in ("", "definitions"):
+                    section = "unknown"  # its heading says none of them
                 others.append(Entry(piece, reason="a heading"))
             continue
         if rule is None:
@@ -154,11 +159,24 @@ def _is_unsafe(answer: str) -> bool | None:
             data = json.loads(said)
         except (ValueError, RecursionError):
             return None
-        for key in ("violation", "violates", "label", "answer", "verdict", "classification", "unsafe"):
+        for key in (
+            "violation",
+            "violates",
+            "label",
+            "answer",
+            "verdict",
+            "classification",
+            "unsafe",
+            "safe",
+        ):
             if isinstance(data, Mapping) and key in data:
-                return _is_unsafe(str(data[key])) if not isinstance(data[key], Mapping) else None
+                unsafe = _is_unsafe(str(data[key])) if not isinstance(data[key], Mapping) else None
+                return unsafe if key != "safe" or unsafe is None else not unsafe
         return None
     said = _KEY.sub("", said)
+    if found := _QUESTION.match(said):
+        is_yes = _is_unsafe(found["answer"])
+        return None if is_yes is None else not is_yes
     if _SAFE.match(said):
         return False
     return True if _UNSAFE.match(said) else None

@@ -15,6 +15,12 @@ END = re.compile(r"<END UNSAFE CONTENT CATEGORIES>", re.IGNORECASE)
 HEAD = re.compile(
     r"^\s*(?:[-*]\s+)?(?P<id>[A-Z]{1,3}\d{1,3})\s*[:.)]\s*(?P<name>[^.:]+(?:\.(?=\S)[^.:]*)*)[.:]?\s*(?P<rest>.*)$"
 )
+# What else may be one between the marks: an id without a colon, a number, a bullet with a name.
+_SPACED = re.compile(
+    r"^\W*(?P<id>[A-Z]{1,3}\d{1,3})\**\s*(?:[:.)\u2013\u2014-]\s*|\s)\**(?P<name>[^.:]+)[.:]?\s*(?P<rest>.*)$"
+)
+_NUMBERED = re.compile(r"^\s*\(?\d{1,3}[.)]\s+(?P<name>[^.:]+)[.:]?\s*(?P<rest>.*)$")
+_NAMED = re.compile(r"^\s*[-*]\s+(?P<name>[^.:]+)(?:[.:]\s*(?P<rest>.*))?$")
 _APOSTROPHE = "['\u2019]?"
 _WHO = r"(?:(?:(?:the\s+|AI\s+)?(?:models?|assistants?|bots?)|AI|responses?|users?|it|they)\s+)?"
 _NOT = (
@@ -58,6 +64,14 @@ def read(draft: Draft, pieces: Sequence[Piece]) -> list[Entry]:
     start = next((n for n, piece in enumerate(pieces) if BEGIN.search(piece.text)), None)
     end = next((n for n, piece in enumerate(pieces) if END.search(piece.text)), len(pieces))
     heads = {n: found for n, piece in enumerate(pieces) if (found := _head(piece.text))}
+    if start is not None:
+        # All between the marks is about categories, however they are written.
+        within = [n for n in range(start + 1, end) if not _status(pieces[n].text)]
+        for form in (_SPACED, _NUMBERED, _NAMED):
+            if not any(start < n < end for n in heads) or form is _SPACED:
+                heads |= {
+                    n: found for n in within if n not in heads and (found := form.match(pieces[n].text))
+                }
     last = max(heads, default=-1)
     others: list[Entry] = []
     rule: Rule | None = None
@@ -66,7 +80,8 @@ def read(draft: Draft, pieces: Sequence[Piece]) -> list[Entry]:
     for number, piece in enumerate(pieces):
         head = heads.get(number) if (start is None or number > start) and number < end else None
         if head:
-            rule = Rule(head["name"].strip(), piece, id=head["id"], description=head["rest"].strip())
+            id, name, said = head.groupdict().get("id", ""), head["name"].strip(" *"), head["rest"] or ""
+            rule = Rule(name, piece, id=id or "", description=said.strip())
             draft.rules.append(rule)
             part = "covers"
             title = heading(piece.text)
@@ -74,7 +89,9 @@ def read(draft: Draft, pieces: Sequence[Piece]) -> list[Entry]:
             continue
         is_inside = rule is not None and number < end and not END.search(piece.text)
         if rule is None or not is_inside:
-            (behind.append(piece) if behind else others.append(Entry(piece, reason=_AROUND)))
+            is_around = start is None or number <= start or number >= end
+            reason = _AROUND if is_around else ""
+            (behind.append(piece) if behind else others.append(Entry(piece, reason=reason)))
             continue
         text = " ".join(BULLET.sub("", piece.text).split())
         following = pieces[number + 1] if number + 1 < len(pieces) else None

@@ -119,9 +119,17 @@ def safeguard_policy(policy: Policy) -> str:
         "doesn't, and nothing else."
     )
     violates = ["## VIOLATES (1)", *(f"- {_sentence(category)}" for category in policy.categories)]
-    violates += [f"- {text}" for category in policy.categories for text in category.covers]
+    violates += [
+        f"- {text}{_only_in(category)}" for category in policy.categories for text in category.covers
+    ]
     parts.append("\n".join(violates))
-    allowed = dict.fromkeys(text for category in policy.categories for text in category.allows)
+    # What one category excuses is no excuse for what others forbid.
+    beside = len(policy.categories) > 1
+    allowed = dict.fromkeys(
+        f"{text} (as to {category.name})" if beside else text
+        for category in policy.categories
+        for text in category.allows
+    )
     parts.append("\n".join(["## DOES NOT VIOLATE (0)", *(f"- {text}" for text in allowed or ["All else."])]))
     examples = [
         f'- "{text}" -> {answer}'
@@ -139,8 +147,8 @@ def llama_guard_prompt(policy: Policy) -> str:
     blocks = []
     for number, category in enumerate(policy.categories, 1):
         lines = [f"S{number}: {category.name}."]
-        if category.description:
-            lines.append(category.description)
+        if said := f"{category.description}{_only_in(category)}".strip():
+            lines.append(said)
         lines += ["Should not", *(f"- {text}" for text in category.covers)] if category.covers else []
         lines += ["Can", *(f"- {text}" for text in category.allows)] if category.allows else []
         blocks.append("\n".join(lines))
@@ -148,10 +156,27 @@ def llama_guard_prompt(policy: Policy) -> str:
         "Task: Check if there is unsafe content in the conversation, by the categories below.\n\n"
         "<BEGIN UNSAFE CONTENT CATEGORIES>\n"
         + "\n".join(blocks)
-        + "\n<END UNSAFE CONTENT CATEGORIES>\n\n<BEGIN CONVERSATION>\n{{ user_input }}\n<END CONVERSATION>\n\n"
+        + "\n<END UNSAFE CONTENT CATEGORIES>\n\n<BEGIN CONVERSATION>\n"
+        + _conversation(policy)
+        + "\n<END CONVERSATION>\n\n"
         "Answer 'safe' or 'unsafe'. If unsafe, a second line lists the categories that are met, with commas.\n"
     )
 
 
+def _conversation(policy: Policy) -> str:
+    """What NeMo puts in: the user's message, and the answer where some of the policy is for answers."""
+    kinds = {kind for category in policy.categories for kind in category.applies_to}
+    answers = "response" in kinds and not kinds >= {*CONTENT_KINDS}
+    return "User: {{ user_input }}\nAgent: {{ bot_response }}" if answers else "{{ user_input }}"
+
+
+def _only_in(category: Category) -> str:
+    """Says for which contents it is, where that isn't for all."""
+    if {*category.applies_to} >= {*CONTENT_KINDS}:
+        return ""
+    return f" (only in: {', '.join(kind.replace('_', ' ') for kind in category.applies_to)})"
+
+
 def _sentence(category: Category) -> str:
-    return f"{category.name}: {category.description}" if category.description else category.name
+    said = f"{category.name}: {category.description}" if category.description else category.name
+    return said + _only_in(category)

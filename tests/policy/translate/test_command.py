@@ -37,6 +37,13 @@ def test_policies_are_written_into_a_folder_or_a_file(
     one = tmp_path / "one.yaml"
     assert main(["translate", str(tmp_path / "out" / "abc-input.yaml"), "-o", str(one)]) == 0
     assert Policy.load(one).digest == Policy.load(tmp_path / "out" / "abc-input.yaml").digest
+    as_json = tmp_path / "one.json"
+    assert main(["translate", str(one), "-o", str(as_json)]) == 0
+    assert Policy.load(as_json).digest == Policy.load(one).digest
+    before = one.read_text()
+    assert main(["translate", str(one), "-o", str(one)]) == 2
+    assert "this is what is translated; name another file" in capsys.readouterr().err
+    assert one.read_text() == before
 
 
 def test_json_holds_everything(capsys: pytest.CaptureFixture[str]) -> None:

@@ -604,7 +604,7 @@ models: []
         "input": ["Messages that swear."],
         "input-topics": [
             "What isn't covered by this: {{ first }} Talk about trains. {{ second }}",
-            "Messages that talk about planes.",
+            "A message that breaks this rule or asks for what does: Do not talk about planes.",
         ],
         "output-instructions": [
             "Messages that give medical advice to anyone.",
@@ -694,6 +694,57 @@ def test_links_that_lead_to_no_file_are_one_sentence(tmp_path: Path, target: str
     (tmp_path / "config.yml").symlink_to(target)
     with pytest.raises(PolicyError, match=sentence):
         translate(tmp_path)
+
+
+def test_what_nemo_loads_behind_a_link_is_read_and_imports_are_unknown(tmp_path: Path) -> None:
+    shared = tmp_path / "shared" / "kb"
+    shared.mkdir(parents=True)
+    (shared / "prompts.yml").write_text(LLAMA_GUARD)
+    app = tmp_path / "app"
+    app.mkdir()
+    (app / "common").symlink_to(tmp_path / "shared", target_is_directory=True)
+    (app / "kb").mkdir()
+    (app / "kb" / "x.yml").write_text("prompts: [{task: self_check_output, content: '- should not lie'}]")
+    translation = translate(config(app, "models: []\nimport_paths: [rsafe_plugins/rails, ours]\n"))
+    assert len(translation.policies) == 1
+    assert [entry.piece.text for entry in translation.unplaced] == ["ours"]
+
+
+JUDGED_BY = """
+prompts:
+  - task: self_check_input
+    content: |
+      Your task is to check the user message.
+      Answer "Yes" if the message asks for weapons or drugs.
+      If the user asks for medical advice, answer yes.
+      Answer "yes" if the message violates the policy above.
+      User message: "{{ user_input }}"
+instructions:
+  - type: general
+    content: |
+      You must not:
+      - give medical advice
+      Be nice.
+rails:
+  output: {flows: ['hf classifier check output $classifier="tox"']}
+  config:
+    hf_classifier: {tox: {blocked_labels: [toxic]}}
+    other: {denied_topics: [weapons]}
+"""
+
+
+def test_rules_in_answers_lists_and_classifiers(tmp_path: Path) -> None:
+    translation = translate(config(tmp_path, JUDGED_BY))
+    said = {
+        name.removeprefix(f"{tmp_path.name}-"): [one.description or one.name for one in policy.categories]
+        for name, policy in translation.policies.items()
+    }
+    assert said == {
+        "input": ["The message asks for weapons or drugs.", "The user asks for medical advice."],
+        "output-instructions": ["What breaks this rule: You must not: give medical advice."],
+        "output-classifier": ["toxic"],
+    }
+    assert [entry.piece.text for entry in translation.unplaced] == ["weapons"]
 
 
 def test_links_in_a_circle_end(tmp_path: Path) -> None:

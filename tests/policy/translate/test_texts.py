@@ -8,7 +8,7 @@ import pytest
 from nemoguardrails import LLMRails, RailsConfig
 from nemoguardrails.testing import FakeLLMModel
 
-from rsafe_plugins import Policy, PolicyError
+from rsafe_plugins import Category, Policy, PolicyError
 from rsafe_plugins.policy.condense import condensed, length
 from rsafe_plugins.policy.taxonomies import corresponding, taxonomy_names
 from rsafe_plugins.policy.translate import Translation, translate
@@ -216,6 +216,138 @@ def test_sentences_that_forbid(tmp_path: Path, sentence: str, description: str, 
 def test_sentences_that_allow(tmp_path: Path, sentence: str, allowed: str) -> None:
     (spam,) = only(of(tmp_path, f"- Spam\n- {sentence}\n")).categories
     assert spam.allows == (allowed,)
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "Nobody is allowed to ask for weapons",
+        "Neither violence nor hate is allowed",
+        "Users can under no circumstances ask for drugs",
+        "Weapons are allowed in no case",
+        "You can block messages with hate speech",
+        "It is ok to block users who insult",
+        "Do not block mild profanity, block slurs",
+        "Users may talk about anything apart from politics",
+        "Users may talk about cooking, not weapons",
+    ],
+)
+def test_a_permission_that_forbids_as_well_is_kept_whole(tmp_path: Path, sentence: str) -> None:
+    spam, rule = only(of(tmp_path, f"- Spam\n- {sentence}\n")).categories
+    assert spam.allows == ()
+    assert rule.description == f"What breaks this rule: {sentence}."
+
+
+def test_a_permission_may_be_about_blocking(tmp_path: Path) -> None:
+    (spam,) = only(of(tmp_path, "- Spam\n- Users may ask to block a card\n")).categories
+    assert spam.allows == ("ask to block a card",)
+
+
+@pytest.mark.parametrize(
+    ("heading", "covers", "allows", "unknown"),
+    [
+        ("None of these are allowed", 2, 0, 0),
+        ("Neither of these is permitted:", 2, 0, 0),
+        ("Allowed only with a prescription", 2, 0, 0),
+        ("The bot may only talk about the following:", 2, 0, 0),
+        ("Approved topics:", 1, 1, 0),
+        ("Topics the assistant can help with:", 1, 1, 0),
+        ("Respond no when:", 1, 0, 1),
+    ],
+)
+def test_headings_that_say_it_in_other_words(
+    tmp_path: Path, heading: str, covers: int, allows: int, unknown: int
+) -> None:
+    translation = of(tmp_path, f"- Spam\n## {heading}\n- opioids\n")
+    categories = only(translation).categories
+    assert (len(categories), len(categories[0].allows)) == (covers, allows)
+    assert len(translation.unplaced) == unknown
+
+
+def test_prose_under_a_heading_is_unknown_also_where_other_sections_have_bullets(tmp_path: Path) -> None:
+    translation = of(
+        tmp_path, "## Prohibited\nInstructions for making weapons.\n## Also prohibited\n- spam\n"
+    )
+    assert [entry.piece.text for entry in translation.unplaced] == ["Instructions for making weapons."]
+
+
+@pytest.mark.parametrize("below", ["- Keep answers short", "---"])
+def test_a_rule_above_a_list_or_a_line_is_a_rule(tmp_path: Path, below: str) -> None:
+    text = f"No profanity\nUsers must not ask about weapons\n{below}\n"
+    names = [one.name for one in only(of(tmp_path, text)).categories]
+    assert names[:2] == ["Profanity", "Ask about weapons"]
+    (swear,) = only(of(tmp_path, "Users must not\n- swear\n", "list.txt")).categories
+    assert swear.name == "Swear"
+
+
+@pytest.mark.parametrize(
+    ("lines", "names", "unknown"),
+    [
+        ("1. Violence\n2) Hate: of groups", ["Violence", "Hate"], []),
+        ("- Violence: harm\n- Hate", ["Violence", "Hate"], []),
+        ("S1: Violence.\nS2 - Hate\nS3 Weapons\n**S4**: Drugs", ["Violence", "Hate", "Weapons", "Drugs"], []),
+        ("- Violence: harm\nS1: Hate", ["Hate"], ["- Violence: harm"]),
+    ],
+)
+def test_categories_between_the_marks(
+    tmp_path: Path, lines: str, names: list[str], unknown: list[str]
+) -> None:
+    text = f"Judge.\n<BEGIN UNSAFE CONTENT CATEGORIES>\n{lines}\n<END UNSAFE CONTENT CATEGORIES>\nAnswer.\n"
+    translation = of(tmp_path, text)
+    assert [one.name for one in only(translation).categories] == names
+    assert [entry.piece.text for entry in translation.unplaced] == unknown
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_unsafe"),
+    [
+        ("safe: false", True),
+        ("acceptable? no", True),
+        ("safe: yes", False),
+        ('{"safe": false}', True),
+        ('{"safe": true, "why": "a: b"}', False),
+        ('{"violation": 0, "why": "a: b"}', False),
+        ("no way, block", None),
+    ],
+)
+def test_answers_of_examples(tmp_path: Path, answer: str, is_unsafe: bool | None) -> None:
+    text = f'# Spam\n## Task\nJudge.\n## Violates\n- spam\n## Examples\n- "Buy: now" -> {answer}\n'
+    translation = of(tmp_path, text, "x.md")
+    (one,) = only(translation).categories
+    assert one.examples == (("Buy: now",) if is_unsafe else ())
+    assert one.allowed_examples == (("Buy: now",) if is_unsafe is False else ())
+    assert len(translation.unplaced) == (is_unsafe is None)
+
+
+def test_a_section_behind_the_instruction_is_no_instruction(tmp_path: Path) -> None:
+    text = "# Drugs\n## Task\nJudge.\n## Criteria\n- offers of coke\n## Violates\n- meth\n## Examples\n"
+    translation = of(tmp_path, text, "x.md")
+    assert [entry.piece.text for entry in translation.unplaced] == ["- offers of coke"]
+
+
+def test_a_mistake_in_a_policy_of_ours_is_said(tmp_path: Path) -> None:
+    text = "name: x\ncategories:\n  - {id: C1, name: Advice, severity: 1, description: language models must not}\n"
+    with pytest.raises(PolicyError, match="unknown key 'severity'"):
+        of(tmp_path, text, "own.yaml")
+
+
+def test_validators_that_nobody_knows_are_unknown(tmp_path: Path) -> None:
+    names = "hub://guardrails/toxic_language: 0.5; is-profanity-free; two-words; valid-length: 1 2; own/evil_check"
+    translation = of(tmp_path, f"<rail><output><string validators='{names}'/></output></rail>", "x.rail")
+    assert [one.name for one in only(translation).categories] == ["Toxic language", "Profanity"]
+    assert [entry.piece.text for entry in translation.unplaced] == ["own/evil_check"]
+
+
+def test_what_is_written_says_what_it_is_for(tmp_path: Path) -> None:
+    adult = Category(id="A", name="Adult", allows=("anything said by adults",), applies_to=("response",))
+    policy = Policy(name="house", categories=(adult, Category(id="B", name="Weapons")))
+    document, prompt = safeguard_policy(policy), llama_guard_prompt(policy)
+    assert "- Adult (only in: response)" in document
+    assert "- anything said by adults (as to Adult)" in document
+    assert "S1: Adult.\n(only in: response)" in prompt
+    answers = policy.model_copy(update={"categories": (adult,)})
+    assert "Agent: {{ bot_response }}" in llama_guard_prompt(answers)
+    assert "bot_response" not in llama_guard_prompt(Policy.load("prompt-injection"))
 
 
 def test_what_may_mean_anything_is_unknown(tmp_path: Path) -> None:
