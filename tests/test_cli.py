@@ -360,7 +360,7 @@ class TestDoctor:
     def test_settings_in_force_are_named_with_their_source_and_without_passwords(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
     ) -> None:
-        monkeypatch.setenv("RSAFE_BACKEND", "openai:http://gpu:8000/v1#guard")
+        monkeypatch.setenv("RSAFE_BACKEND", "transformers:nobody/guard-7b")
         (tmp_path / "rsafe.yaml").write_text("threshold: 0.7\n")
         main(["doctor", "--json"])
         detail = self.findings(capsys)["settings"]["detail"]
@@ -377,6 +377,27 @@ class TestDoctor:
         settings = self.findings(capsys)["settings"]
         assert settings["ok"] is False
         assert "secret" not in json.dumps(settings)
+
+    @pytest.mark.parametrize("backend", ["llamacpp:nowhere.gguf", "openai:http://127.0.0.1:9/v1#guard"])
+    def test_a_backend_of_ones_own_that_gives_no_verdict_is_a_finding(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], backend: str
+    ) -> None:
+        monkeypatch.setenv("RSAFE_BACKEND", backend)
+        monkeypatch.setenv("RSAFE_TIMEOUT", "5")
+        assert main(["doctor", "--json"]) == FAILED
+        finding = self.findings(capsys)["your backend"]
+        assert finding["ok"] is False
+        assert "RSAFE_BACKEND" in finding["mend"]
+
+    def test_a_backend_of_ones_own_is_tried_unless_it_is_large(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], by_keyword: ScriptedBackend
+    ) -> None:
+        monkeypatch.setenv("RSAFE_BACKEND", "openai:http://127.0.0.1:9/v1#guard")
+        main(["doctor", "--json"])
+        assert self.findings(capsys)["your backend"]["detail"].startswith("safe, in ")
+        monkeypatch.setenv("RSAFE_BACKEND", "transformers:nobody/guard-7b")
+        main(["doctor", "--json"])
+        assert self.findings(capsys)["your backend"]["ok"] is None
 
     def test_a_misspelt_variable_is_a_finding(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

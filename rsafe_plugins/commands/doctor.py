@@ -54,6 +54,9 @@ _OWN_POLICY = (
 )
 
 
+_LARGE = ("transformers", "vllm")
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that was looked at.
@@ -76,7 +79,7 @@ class Finding:
 def doctor(as_json: bool) -> int:
     """Shows what works, what is missing, and how to mend it.
 
-    Exit status: 0 the embedded guard works under your settings, 3 something is wrong.
+    Exit status: 0 the embedded guard works, and so do your settings and their backend; 3 something is wrong.
     """
     embedded = list(_embedded_guard())
     findings = [*embedded, *_settings(), *_optional()]
@@ -163,6 +166,20 @@ def _settings() -> Iterator[Finding]:
     in_force |= settings.model_dump(exclude={"policy", "backend"}, exclude_none=True)
     shown = ", ".join(f"{name}={value}" for name, value in in_force.items())
     yield Finding("settings", True, f"{shown} (from {', '.join(sources) or 'the defaults'})")
+    if isinstance(settings.backend, str) and settings.backend != "embedded":
+        yield _own_backend(settings.backend, " or ".join(sources))
+
+
+def _own_backend(backend: str, sources: str) -> Finding:
+    """Whether the engine of the settings gives a verdict, where that doesn't load a large model."""
+    kind = backend.partition(":")[0]
+    if kind in _LARGE:
+        return Finding("your backend", None, f"not tried: {kind} loads its model first", "rsafe check Hello")
+    try:
+        verdict = common.make_guard(on_error="raise").check("What is the capital of France?")
+    except RSafeError as error:
+        return Finding("your backend", False, _without_password(str(error)), f"correct it in {sources}")
+    return Finding("your backend", True, f"{verdict.label}, in {verdict.latency_ms / 1000:.2f} s")
 
 
 def _optional() -> Iterator[Finding]:

@@ -166,9 +166,9 @@ def _settings(config: RailsConfig) -> Mapping[str, Any]:
 
 
 def _beside(folder: str | None, name: str) -> str | Path:
-    """The file of that name in the config's folder; without one, the name."""
-    beside = Path(folder) / name if folder else None
-    return beside if beside is not None and beside.is_file() else name
+    """The file of that name in the config's folder, or in one of those that were joined; without one, the name."""
+    beside = (Path(part) / name for part in (folder or "").split(",") if part)
+    return next((path for path in beside if path.is_file()), name)
 
 
 def register(app: LLMRails) -> None:

@@ -67,8 +67,9 @@ def test_policy_is_found_in_the_folder_of_the_config(tmp_path: Path, monkeypatch
     (folder / "policy.json").write_text(POLICY)
     monkeypatch.chdir(tmp_path)
     config = config_with(scripted(policy="policy.json"))
-    config.config_path = str(folder)
-    assert guard_from_config(config).policy.name == "house-rules"
+    for path in (str(folder), f"{tmp_path},{folder}"):  # NeMo names those that were joined so
+        config.config_path = path
+        assert guard_from_config(config).policy.name == "house-rules"
 
 
 def test_thresholds_are_found_in_the_folder_of_the_config(tmp_path: Path) -> None:
