@@ -38,8 +38,15 @@ COLUMNS = {
     "auroc": "AUROC",
     "auprc": "AUPRC",
 }
-ADHERENCE = 120  # items that are drawn to see whether it follows its policy; the unsafe ones are judged
-
+ADHERENCE = 120  # items that are drawn to see whether it follows its policy
+FOLLOWED = (
+    "Policy",
+    "Items",
+    "Unsafe with them",
+    "Safe without them",
+    "Both: flip rate",
+    "Harmless found unsafe",
+)
 
 SHIPPED = ("--backend", "embedded", "--verdicts", FOLDER.with_name("eval") / "verdicts.jsonl")
 
@@ -71,7 +78,8 @@ def adherence(folder: Path, policies: str, *options: str, items: int = ADHERENCE
     """The row of those policies."""
     total = flips(folder, items, *SHIPPED, "--reasoning", "never", *options)
     counts = [total[name] for name in ("items", "unsafe_with", "safe_without")]
-    return row([policies, *counts, f"{total['flip_rate']:.2f}"])
+    harmless = f"{total['false_positives']} of {total['harmless']}"
+    return row([policies, *counts, f"{total['flip_rate']:.2f}", harmless])
 
 
 def figures(folder: Path) -> str:
@@ -80,10 +88,11 @@ def figures(folder: Path) -> str:
         *table(folder),
         "",
         "Does it follow its policy? Unsafe responses of BeaverTails, judged under a policy with their categories, and "
-        "under the same one without them. A guard that ignores its policy gets a flip rate of 0.",
+        "under the same one without them. A guard that ignores its policy gets a flip rate of 0. Harmless responses "
+        "are judged under one of the policies with them.",
         "",
-        row(["Policy", "Items", "Unsafe with them", "Safe without them", "Both: flip rate"]),
-        "|---" * 5 + "|",
+        row(FOLLOWED),
+        "|---" * len(FOLLOWED) + "|",
         adherence(folder, "`rsafe-18`"),
         adherence(folder, "their categories of `rsafe-18` and three others", *SMALL_POLICIES),
         adherence(

@@ -203,7 +203,7 @@ def evaluate(
     settings uses them. Fit on items that neither training nor the evaluation has seen.
 
     With --adherence each item that is labelled unsafe is judged by the policy and by the same without the item's
-    categories: a guard that follows its policy finds it unsafe, then safe.
+    categories: a guard that follows its policy finds it unsafe, then safe. What is labelled safe is judged once.
     """
     if find_spec("scipy") is None:
         raise click.UsageError('Measuring needs scipy: pip install "rsafe-plugins[eval]".')
@@ -394,7 +394,8 @@ def _adherence(
             common.print_json({**asdict(row), "flip_rate": row.flip_rate})
     else:
         common.console().print(_adherence_table(rows, whole))
-    return GUARD_FAILED if rows[-1].failures == rows[-1].items else 0
+    total = rows[-1]
+    return GUARD_FAILED if total.failures == total.items + total.harmless else 0
 
 
 def _adherence_table(rows: Sequence[Adherence], policy: Policy) -> Table:
@@ -412,6 +413,8 @@ def _adherence_table(rows: Sequence[Adherence], policy: Policy) -> Table:
             str(row.failures),
             end_section=not row.category,
         )
+    if total := rows[-1].harmless:
+        table.add_row("harmless items", str(total), f"{rows[-1].false_positives / total:.0%}")
     return table
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rsafe_plugins.errors import DataError
@@ -26,6 +27,8 @@ class Adherence:
         safe_without: How many are found safe under the same policy without them.
         flipped: How many both.
         failures: How many had a failed check, which counts for none of these.
+        harmless: Items labelled safe, each judged under one of the policies; counted for all items together alone.
+        false_positives: How many of those are found unsafe.
     """
 
     category: str
@@ -34,6 +37,8 @@ class Adherence:
     safe_without: int
     flipped: int
     failures: int
+    harmless: int = 0
+    false_positives: int = 0
 
     @property
     def flip_rate(self) -> float:
@@ -104,10 +109,13 @@ def adherence(
     *,
     others: int | None = None,
 ) -> list[Adherence]:
-    """Judges each item twice, under a policy with and under the same without the item's categories.
+    """Judges each unsafe item twice, under a policy with and under the same without its categories.
+
+    What is safe is judged once, under the policies of the others in turn: a guard that calls all harm unsafe that its
+    policy names, and much else, follows nothing.
 
     Args:
-        items: Labelled items. Those that are safe, or whose categories the policy doesn't have, are left out.
+        items: Labelled items. Unsafe ones whose categories the policy doesn't have are left out.
         taxonomy: Whose categories they are labelled with, one of `taxonomy_names()`.
         policy: A policy that is itself a taxonomy of the table, such as `rsafe-18`.
         guard_of: The guard for a policy.
@@ -131,6 +139,14 @@ def adherence(
         store,
         lambda done: on_progress(len(asked) + done),
     )
+    harmless = [item for item in items if not item.unsafe]
+    under = list({pair.with_them.digest: pair.with_them for pair in asked}.values())
+    passed = judge_under(
+        [(item, under[number * len(under) // len(harmless)]) for number, item in enumerate(harmless)],
+        guard_of,
+        store,
+        lambda done: on_progress(2 * len(asked) + done),
+    )
     rows = [
         (pair.categories, first.label, second.label)
         for pair, first, second in zip(asked, with_it, without_it, strict=True)
@@ -138,7 +154,15 @@ def adherence(
     found = [
         _row(category.id, [row for row in rows if category.id in row[0]]) for category in policy.categories
     ]
-    return [*(one for one in found if one.items), _row("", rows)]
+    total = _row("", rows)
+    labels = Counter(verdict.label for verdict in passed)
+    total = replace(
+        total,
+        failures=total.failures + labels[None],
+        harmless=len(harmless),
+        false_positives=labels["unsafe"],
+    )
+    return [*(one for one in found if one.items), total]
 
 
 def judge_under(

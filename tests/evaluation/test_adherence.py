@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ ITEMS = [
     item(4, label="safe"),
     item(5, "no category of theirs"),
 ]
-MEANT = {1: "U9", 2: "U14", 3: "U14"}
+MEANT = {1: "U9", 2: "U14", 3: "U14", 4: "nothing"}
 
 
 def follows(request: Request) -> str:
@@ -60,13 +61,15 @@ def test_a_guard_that_follows_its_policy_flips_with_it() -> None:
     assert rows(follows) == [
         Adherence("U9", 2, 2, 2, 2, 0),
         Adherence("U14", 2, 2, 2, 2, 0),
-        Adherence("", 3, 3, 3, 3, 0),
+        Adherence("", 3, 3, 3, 3, 0, harmless=1),
     ]
 
 
 def test_small_policies_differ_in_the_items_own_categories_alone() -> None:
     seen: list[Policy] = []
-    assert rows(follows, others=3, seen=seen)[-1] == Adherence("", 3, 3, 3, 3, 0)
+    assert rows(follows, others=3, seen=seen)[-1] == Adherence("", 3, 3, 3, 3, 0, harmless=1)
+    *seen, of_harmless = seen
+    assert of_harmless == seen[0]
     small = [frozenset(category.id for category in policy.categories) for policy in seen]
     # Those with them are asked for first, then those without them.
     with_own, without_own = small[: len(small) // 2], small[len(small) // 2 :]
@@ -75,23 +78,24 @@ def test_small_policies_differ_in_the_items_own_categories_alone() -> None:
     assert set(own) == {frozenset({"U9"}), frozenset({"U14"}), frozenset({"U9", "U14"})}
     again: list[Policy] = []
     rows(follows, others=3, seen=again)
-    assert again == seen
+    assert again == [*seen, of_harmless]
     assert rows(follows, others=40) == rows(follows)
 
 
 @pytest.mark.parametrize(
-    ("reply", "unsafe_with", "safe_without"), [(r"\boxed{unsafe}", 3, 0), (r"\boxed{safe}", 0, 3)]
+    ("reply", "unsafe_with", "safe_without", "false_positives"),
+    [(r"\boxed{unsafe}", 3, 0, 1), (r"\boxed{safe}", 0, 3, 0)],
 )
 def test_a_guard_that_goes_by_what_it_remembers_does_not(
-    reply: str, unsafe_with: int, safe_without: int
+    reply: str, unsafe_with: int, safe_without: int, false_positives: int
 ) -> None:
     last = rows(reply)[-1]
-    assert last == Adherence("", 3, unsafe_with, safe_without, 0, 0)
+    assert last == Adherence("", 3, unsafe_with, safe_without, 0, 0, 1, false_positives)
     assert last.flip_rate == 0
 
 
 def test_failed_checks_count_for_nothing_and_are_shown() -> None:
-    assert rows(BackendError("down"))[-1] == Adherence("", 3, 0, 0, 0, 3)
+    assert rows(BackendError("down"))[-1] == Adherence("", 3, 0, 0, 0, 4, harmless=1)
 
 
 def test_items_that_say_nothing_of_the_policy_are_one_sentence() -> None:
@@ -119,3 +123,4 @@ def test_the_command_prints_each_category(
     else:
         assert "U9 Self-Harm" in out
         assert "100%" in out
+        assert re.search(r"harmless items +│ +1 │ +0%", out)
