@@ -13,14 +13,21 @@ from typing import Any
 from rsafe_plugins.errors import PolicyError
 from rsafe_plugins.policy.translate.pieces import Draft, Entry, Piece, Rule, capital
 
-_REFUSAL = re.compile(r"^(?:bot\s+)?(?:refuse|decline|den(?:y|ies)|inform\s+cannot)", re.IGNORECASE)
+_REFUSAL = re.compile(
+    r"^(?:bot\s+)?(?:refuse|reject|decline|den(?:y|ies)|(?:inform|express|explain|say)\s+(?:cannot|can't|no\b(?!\s+(?:problem|worries))|unable|inability))",
+    re.IGNORECASE,
+)
 _REFUSES = re.compile(
     r"\b(?:I|we)\s*(?:cannot|can\s+not|(?:ca|wo|do)n['\u2019]?t|(?:can|won|don) t|will\s+not|do\s+not|"
     r"(?:\s*am|\s*are|['\u2019]?\s?m|['\u2019]?\s?re)\s+(?:not\s+able|unable)\s+to)\s+"
     r"(?:(?:really|currently|also)\s+)?"
-    r"(?:help|discuss|talk|answer|assist|provide|engage|support|respond|comment|speak|give|share|do\s+(?:that|this))\b",
+    r"(?:help|discuss|talk|answer|assist|provide|engage|support|respond|comment|speak|give|share|do\s+(?:that|this))\b|"
+    r"\bnot\s+something\s+(?:(?:that\s+)?(?:I|we)\s+can|to\s+(?:discuss|talk))\b|\boff[\s-]limits\b|"
+    r"\b(?:I|we)\s+(?:must|have\s+to|need\s+to)\s+(?:stay\s+away|decline|refuse|refrain)\b|"
+    r"\b(?:beyond|outside)\s+(?:of\s+)?(?:my|our)\s+(?:scope|remit)\b|\bagainst\s+(?:my|our)\s+(?:policy|policies|rules)\b",
     re.IGNORECASE,
 )
+_ANY_INTENT = re.compile(r"^(?:user\s+)?\.{3}$")
 _ASKS = re.compile(r"^(?:user\s+)?(?:asks?|asked|request(?:s|ed)?)\s+(?:(?:a\s+)?question\s+)?(?:about\s+)?")
 _SAYS = ("bot say", "bot inform")
 Said = tuple[str, bool]  # a name or a text, and whether it is a text
@@ -53,6 +60,7 @@ class Flows:
         says: The texts of what the bot says, by its name.
         inline: Texts that the bot says without a name.
         flows: The flows of Colang 1.0.
+        patterns: What stands for what users say as a pattern.
         answers: Of the flows of Colang 2.x: intents, what the bot may say to them, where, and whether a condition
             stands between.
     """
@@ -61,6 +69,7 @@ class Flows:
     says: dict[str, list[Piece]] = field(default_factory=dict)
     inline: list[Piece] = field(default_factory=list)
     flows: list[Flow] = field(default_factory=list)
+    patterns: list[Piece] = field(default_factory=list)
     answers: list[tuple[list[str], list[Said], Piece, bool]] = field(default_factory=list)
 
 
@@ -140,7 +149,10 @@ def refusals(draft: Draft, flows: Flows) -> list[Entry]:
         **flows.intents,
         **{name: flows.intents.get(name, []) for name in refused},
     }.items():
-        if name in refused:
+        if name in refused and _ANY_INTENT.match(name):
+            # Whatever the user says is refused under a condition: that is no topic.
+            others += [Entry(piece) for piece in (refused[name][0], *examples)]
+        elif name in refused:
             topic = _ASKS.sub("", name)
             piece, is_conditional = refused[name]
             rule = Rule(capital(topic), piece, description=f"The user asks about {topic}.")
@@ -154,6 +166,9 @@ def refusals(draft: Draft, flows: Flows) -> list[Entry]:
         reason = "what the bot says when it refuses" if _refuses(flows, name, False) else "what the bot says"
         others += [Entry(piece, reason=f"{reason}; keep it in your flows") for piece in replies]
     others += [Entry(piece, reason="what the bot says; keep it in your flows") for piece in flows.inline]
+    others += [
+        Entry(piece, reason="a pattern, which your flow matches exactly; keep it") for piece in flows.patterns
+    ]
     return others
 
 
@@ -284,12 +299,8 @@ def _read_2(parsed: Mapping[str, Any], text: str, file: str, flows: Flows) -> No
         if flow.name.startswith(("user ", "bot ")):
             says = ("user said",) if flow.name.startswith("user ") else _SAYS
             into = flows.intents if flow.name.startswith("user ") else flows.says
-            texts = [
-                _unquoted(argument)
-                for name, argument, _ in _called(flow.elements)
-                if name in says and argument
-            ]
-            into.setdefault(flow.name, []).extend(_found(one, text, file) for one in texts)
+            texts = [argument for name, argument, _ in _called(flow.elements) if name in says and argument]
+            _take(texts, into.setdefault(flow.name, []), text, file, flows)
             continue
         for users, bots, is_conditional in _turns(flow.elements):
             said = [
@@ -297,14 +308,19 @@ def _read_2(parsed: Mapping[str, Any], text: str, file: str, flows: Flows) -> No
             ]
             flows.inline += [_found(one, text, file) for one, is_text in said if is_text]
             intents = [name for name, _, _ in users if name != "user said"]
-            if texts := [
-                _unquoted(argument) for name, argument, _ in users if name == "user said" and argument
-            ]:
+            if texts := [argument for name, argument, _ in users if name == "user said" and argument]:
                 intents.append(flow.name)
-                flows.intents.setdefault(flow.name, []).extend(_found(one, text, file) for one in texts)
+                _take(texts, flows.intents.setdefault(flow.name, []), text, file, flows)
             if intents and said:
                 piece = Piece(flow.name, file, users[0][2])
                 flows.answers.append((intents, said, piece, is_conditional))
+
+
+def _take(arguments: Sequence[str], into: list[Piece], text: str, file: str, flows: Flows) -> None:
+    """What is said, as examples; patterns are none."""
+    for argument in arguments:
+        is_pattern = argument.startswith("regex(")
+        (flows.patterns if is_pattern else into).append(_found(_unquoted(argument), text, file))
 
 
 Call = tuple[str, str, int]

@@ -733,6 +733,67 @@ rails:
 """
 
 
+OTHER_REFUSALS = """
+define user ask religion
+  "Which god is real?"
+
+define user ask weapons
+  "Where are guns sold?"
+
+define user say thanks
+  "Thank you!"
+
+define bot express cannot
+  "Let us leave that."
+
+define bot answer weapons
+  "Sorry, that topic is off limits."
+
+define bot say no problem
+  "You are welcome."
+
+define flow
+  user ask religion
+  bot express cannot
+
+define flow
+  user ask weapons
+  bot answer weapons
+
+define flow
+  user say thanks
+  bot say no problem
+
+define flow
+  user ...
+  if $is_minor
+    bot express cannot
+"""
+
+
+def test_refusals_in_other_words(tmp_path: Path) -> None:
+    translation = translate(config(tmp_path, "models: []\n", main=OTHER_REFUSALS))
+    (policy,) = translation.policies.values()
+    assert [one.name for one in policy.categories] == ["Religion", "Weapons"]
+    assert [entry.piece.text for entry in translation.unplaced] in (["user ..."], ["..."])
+
+
+def test_a_pattern_is_no_example(tmp_path: Path) -> None:
+    flows = """
+flow user asked about drugs
+  user said "how is meth cooked" or user said (regex("(?i).*meth.*"))
+
+flow drugs
+  user asked about drugs
+  bot say "I can't help with that."
+"""
+    translation = translate(config(tmp_path, 'colang_version: "2.x"\nmodels: []\n', main=flows))
+    (policy,) = translation.policies.values()
+    assert [one.examples for one in policy.categories] == [("how is meth cooked",)]
+    reasons = {entry.piece.text: entry.reason for entry in translation.report}
+    assert "a pattern" in next(reason for text, reason in reasons.items() if "regex" in text)
+
+
 def test_rules_in_answers_lists_and_classifiers(tmp_path: Path) -> None:
     translation = translate(config(tmp_path, JUDGED_BY))
     said = {
