@@ -60,13 +60,13 @@ class Windows(Generic[Chunk]):
 
 
 def check_window(window: int | None) -> None:
-    """Refuses a window of no character.
+    """Refuses a window that is no number of characters.
 
     Raises:
-        SettingsError: It is one.
+        SettingsError: It isn't a whole number from 1 on.
     """
-    if window is not None and window < 1:
-        raise SettingsError(f"stream_window must be at least 1 character, not {window}.")
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise SettingsError(f"stream_window must be at least 1 character, not {window!r}.")
 
 
 def and_end(chunks: Iterator[Chunk]) -> Iterator[Chunk | _End]:

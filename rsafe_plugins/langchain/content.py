@@ -265,7 +265,10 @@ def _text(message: BaseMessage, without: Sequence[ToolCall] = ()) -> Text:
         without: Tool calls that are left out, wherever a provider has put them.
     """
     if not isinstance(message, AIMessage):
-        return text_of(message.content)
+        said = text_of(message.content)
+        # Models are shown who speaks; a tool's name is judged as such.
+        name = None if _kind(message) == "tool_result" else message.name
+        return replace(said, text="\n".join(filter(None, (name, said.text))))
     blocks, kwargs = message.content, message.additional_kwargs
     if without:
         ids = {call["id"] for call in without}

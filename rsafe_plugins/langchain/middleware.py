@@ -39,7 +39,7 @@ from langchain_core.messages import (
 )
 from langchain_core.runnables import RunnableConfig, ensure_config
 from langchain_core.runnables.config import set_config_context, var_child_runnable_config
-from langgraph.errors import GraphBubbleUp
+from langgraph.errors import GraphBubbleUp, ParentCommand
 from langgraph.runtime import Runtime
 from langgraph.types import Command, interrupt
 
@@ -211,7 +211,8 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
         if not self.check_input or not any(map(is_spoken, messages)):
             return []
         seen = state.get("rsafe_seen")
-        asked = to_parts(messages, "prompt", self.guard.policy) if is_start else []
+        # Without any seen, this run hasn't come by its start: another middleware may have jumped over it.
+        asked = to_parts(messages, "prompt", self.guard.policy) if is_start or seen is None else []
         if seen is None:
             # What came before in the first conversation is shown with what is judged.
             return asked
@@ -253,12 +254,9 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
             return {**update, "messages": placed, "rsafe_held": {self._key(gone[0]): held}}
         if self.exit_behavior == "replace":
             return {**update, "messages": placed}
-        # A tool's result can't go without leaving its call unanswered.
-        prompts = [RemoveMessage(id=str(message.id)) for message in gone if is_prompt(message)]
-        others = [one for one, message in zip(placed, gone, strict=True) if not is_prompt(message)]
         verdict = violation.verdict.model_dump(mode="json")
         ending = {"stage": violation.stage, "verdict": verdict}
-        return {**update, "messages": [*prompts, *others], "rsafe_error": {self.name: ending}}
+        return {**update, "messages": placed, "rsafe_error": {self.name: ending}}
 
     # The model's answers and tool calls.
 
@@ -387,9 +385,12 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
         """Runs no blocked tool, and judges what a tool brings."""
         if refused := self._refused_call(request):
             return refused
-        failure = None
+        failure: Exception | None = None
         try:
             result = handler(request)
+        except ParentCommand as error:
+            # A graph inside the tool hands its messages on to this one.
+            result, failure = error.args[0], error
         except (GraphBubbleUp, RSafeError):
             raise
         except Exception as error:
@@ -409,9 +410,11 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
         """Like `wrap_tool_call`, without blocking the event loop."""
         if refused := self._refused_call(request):
             return refused
-        failure = None
+        failure: Exception | None = None
         try:
             result = await handler(request)
+        except ParentCommand as error:
+            result, failure = error.args[0], error
         except (GraphBubbleUp, RSafeError):
             raise
         except Exception as error:
@@ -459,6 +462,8 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
                         "question": question,
                     }
                 refused[id(message)] = self._in_place_of(message, violation)
+        if refused and isinstance(failure, ParentCommand):
+            raise ParentCommand(_put(result, refused, held))
         if refused:
             return _put(result, refused, held)
         if failure is not None:
@@ -521,7 +526,13 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
             return self._asked_for(held)
         if self.exit_behavior != "end":
             return None
-        blocked = next(filter(self._is_mine, _results_of_turn(state["messages"])), None)
+        seen = state.get("rsafe_seen") or {}
+        # What was said before a prompt that is known already belongs to an earlier run.
+        recent = takewhile(
+            lambda one: not (is_prompt(one) and seen.get(self._key(one)) == _digest(one)),
+            _results_of_turn(state["messages"]),
+        )
+        blocked = next(filter(self._is_mine, recent), None)
         if blocked is None:
             return None
         refusal = AIMessage(self.violation_message, response_metadata={MARK: blocked.response_metadata[MARK]})
@@ -540,7 +551,6 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
                 seen |= {f"{holder}/{old.id}": _digest(old) for old in one["messages"] if is_prompt(old)}
                 continue
             refused.append(one)
-            messages += [RemoveMessage(id=str(old.id)) for old in one["messages"] if is_prompt(old)]
         if not refused:
             return {"messages": messages, "rsafe_held": None, "rsafe_seen": seen}
         question = refused[0]["question"]
@@ -655,7 +665,7 @@ def _results_of_turn(messages: Sequence[BaseMessage]) -> list[BaseMessage]:
 
 
 def _digest(message: BaseMessage) -> str:
-    said = repr((message.content, message.additional_kwargs))
+    said = repr((message.content, message.additional_kwargs, message.name))
     return blake2b(said.encode("utf-8", "replace"), digest_size=16).hexdigest()
 
 

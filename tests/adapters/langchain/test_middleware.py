@@ -15,6 +15,7 @@ from langchain.agents.middleware import (
     HumanInTheLoopMiddleware,
     ModelFallbackMiddleware,
     ToolRetryMiddleware,
+    hook_config,
 )
 from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
 from langchain_core.language_models import BaseChatModel
@@ -23,6 +24,7 @@ from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.types import Command
 from pydantic import BaseModel
 from support.canary import CANARY, SAFE, UNSAFE, guard_backend
@@ -111,7 +113,8 @@ def test_one_check_can_be_left_out() -> None:
 async def test_an_unsafe_prompt_ends_the_agent_and_is_kept_nowhere(how: str) -> None:
     agent = agent_of(said(ANSWER))
     state = await run(agent, {"messages": [HumanMessage(BAD)]}, how)
-    assert texts(state) == [REFUSAL]
+    assert texts(state) == [REFUSAL, REFUSAL]
+    assert not holds(CANARY, state)
     assert state["messages"][0].response_metadata[MARK]["stage"] == "prompt"
 
 
@@ -128,8 +131,44 @@ async def test_the_next_turn_of_a_thread_works_and_sees_no_unsafe_prompt() -> No
     agent = create_agent(model, middleware=[mine], checkpointer=InMemorySaver())
     await agent.ainvoke({"messages": [HumanMessage(BAD)]}, CONFIG)
     state = await agent.ainvoke(QUESTION, CONFIG)
-    assert texts(state) == [REFUSAL, "How is the sea?", ANSWER]
+    assert texts(state) == [REFUSAL, REFUSAL, "How is the sea?", ANSWER]
     assert not holds(CANARY, model.asked)
+
+
+@pytest.mark.parametrize("exit_behavior", ["end", "replace", "interrupt"])
+async def test_a_graph_around_the_agent_keeps_no_unsafe_prompt_either(exit_behavior: Any) -> None:
+    model = Model(replies=[said(ANSWER)])
+    mine = RSafeMiddleware({"backend": guard_backend()}, exit_behavior=exit_behavior)
+    graph = StateGraph(MessagesState)
+    graph.add_node("agent", create_agent(model, middleware=[mine]))
+    graph.add_edge(START, "agent")
+    around = graph.compile(checkpointer=InMemorySaver())
+    state = await around.ainvoke({"messages": [HumanMessage(BAD)]}, CONFIG)
+    if exit_behavior == "interrupt":
+        state = await around.ainvoke(Command(resume="reject"), CONFIG)
+    assert not holds(CANARY, state["messages"])
+    state = await around.ainvoke(QUESTION, CONFIG)
+    assert texts(state)[-1] == ANSWER
+    assert not holds(CANARY, model.asked)
+
+
+async def test_prompts_are_judged_where_another_middleware_jumps_over_the_start() -> None:
+    class Jumps(AgentMiddleware[Any, Any]):
+        @hook_config(can_jump_to=["model"])
+        def before_agent(self, state: Any, runtime: Any) -> dict[str, Any]:
+            return {"jump_to": "model"}
+
+    model = Model(replies=[said(ANSWER)])
+    agent = create_agent(model, middleware=[Jumps(), RSafeMiddleware({"backend": guard_backend()})])
+    state = await agent.ainvoke({"messages": [HumanMessage(BAD)]})
+    assert texts(state)[-1] == REFUSAL
+    assert model.asked == []
+
+
+async def test_the_name_of_who_asks_is_judged() -> None:
+    agent = agent_of(said(ANSWER))
+    state = await run(agent, {"messages": [HumanMessage("Hello.", name=CANARY)]})
+    assert texts(state)[-1] == REFUSAL
 
 
 async def test_an_unsafe_prompt_may_be_replaced() -> None:
@@ -665,7 +704,8 @@ async def test_a_model_whose_tokens_cannot_be_kept_out_of_streams_is_refused() -
 
 
 def test_unsafe_is_unsafe() -> None:
-    assert texts(agent_of(said(ANSWER), backend=ScriptedBackend(UNSAFE)).invoke(QUESTION)) == [REFUSAL]
+    state = agent_of(said(ANSWER), backend=ScriptedBackend(UNSAFE)).invoke(QUESTION)
+    assert texts(state) == [REFUSAL, REFUSAL]
 
 
 # What a person decided counts, and what comes on other ways is judged too
@@ -679,7 +719,49 @@ async def test_a_rejected_prompt_stays_rejected_whatever_the_guard_says_by_then(
     assert waiting(await run(agent, config=CONFIG))["verdict"]["label"] is None
     down[0] = False
     state = await run(agent, Command(resume="reject"), config=CONFIG)
-    assert texts(state) == [REFUSAL]
+    assert texts(state) == [REFUSAL, REFUSAL]
+
+
+@both_ways
+async def test_what_a_graph_inside_a_tool_hands_on_is_judged(how: str) -> None:
+    def inner(state: Any) -> Command[Any]:
+        messages = [ToolMessage(BAD, tool_call_id="call-1"), HumanMessage("note")]
+        return Command(graph=Command.PARENT, update={"messages": messages})
+
+    graph = StateGraph(MessagesState)
+    graph.add_node("inner", inner)
+    graph.add_edge(START, "inner")
+    compiled = graph.compile()
+
+    @tool
+    def lookup(text: str) -> str:
+        """Looks up."""
+        return str(compiled.invoke({"messages": []}))
+
+    @tool("lookup")
+    async def alookup(text: str) -> str:
+        """Looks up."""
+        return str(await compiled.ainvoke({"messages": []}))
+
+    replies = (said("", call("lookup", text="sea")), said(ANSWER))
+    agent = agent_of(*replies, tools=[lookup if how == "sync" else alookup], exit_behavior="replace")
+    state = await run(agent, how=how)
+    assert texts(state)[-1] == ANSWER
+    assert REFUSAL in texts(state)
+    assert not holds(CANARY, state)
+
+
+async def test_a_turn_after_a_tool_that_ended_the_agent_is_answered() -> None:
+    @tool(return_direct=True)
+    def lookup(text: str) -> str:
+        """Looks up."""
+        return BAD
+
+    replies = (said("", call("lookup", text="sea")), said(ANSWER))
+    agent = agent_of(*replies, tools=[lookup], options={"checkpointer": InMemorySaver()})
+    assert texts(await run(agent, config=CONFIG))[-1] == REFUSAL
+    state = await run(agent, {"messages": [HumanMessage("And now?")]}, config=CONFIG)
+    assert texts(state)[-1] == ANSWER
 
 
 @pytest.mark.parametrize(
@@ -904,6 +986,6 @@ async def test_what_one_middleware_blocks_at_the_start_stays_blocked_beside_anot
         if exit_behavior == "interrupt":
             assert waiting(state)["stage"] == "prompt"
             state = await run(agent, Command(resume="reject"), config=CONFIG)
-        assert texts(state) == [REFUSAL]
+        assert texts(state) == [REFUSAL, REFUSAL]
     assert model.asked == []
     assert texts(await run(agent, config=CONFIG))[-1] == ANSWER

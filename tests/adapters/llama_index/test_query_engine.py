@@ -325,7 +325,9 @@ async def test_a_hundred_queries_at_once_each_get_their_own_verdict() -> None:
     assert [str(answer) for answer in answers] == [REFUSAL if number % 2 else ANSWER for number in range(100)]
 
 
-@pytest.mark.parametrize("settings", [{"exit_behavior": "stop"}, {"stream_window": 0}])
+@pytest.mark.parametrize(
+    "settings", [{"exit_behavior": "stop"}, {"stream_window": 0}, {"stream_window": "400"}]
+)
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match="must be"):
         guarded(Says(text=ANSWER), **settings)
