@@ -243,6 +243,26 @@ async def test_the_end_of_a_stream_that_was_overtaken_uncovers_nothing(kind: str
 
 
 @streams
+async def test_an_answer_whose_reader_leaves_is_not_kept_for_another_engine(way: str) -> None:
+    memory = ChatMemoryBuffer.from_defaults()
+    inner = SimpleChatEngine.from_defaults(llm=Says(text=BAD), memory=memory)
+    engine = RSafeChatEngine(inner, {"backend": guard_backend()}, stream_window=1)
+    stream = await opened(engine, way, "When do you open?")
+    if way == "stream_chat":
+        next(stream.chat_stream)
+        stream.chat_stream.close()
+    else:
+        await anext(stream.achat_stream)
+        await stream.achat_stream.aclose()
+        del stream
+        for _ in range(1000):
+            await asyncio.sleep(0.01)
+            if not memory.get_all():
+                break
+    assert memory.get_all() == []
+
+
+@streams
 async def test_a_stream_may_be_read_on_after_the_next_message(way: str) -> None:
     text = "All is fine so far, and that is how it will stay."
     engine = guarded("simple", Says(text=text), stream_window=10)
