@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.faults import FAULTS
 
 from rsafe_plugins import Guard, Policy
 from rsafe_plugins.cli import main
@@ -388,6 +389,20 @@ class TestDoctor:
         finding = self.findings(capsys)["your backend"]
         assert finding["ok"] is False
         assert "RSAFE_BACKEND" in finding["mend"]
+
+    @pytest.mark.parametrize("fault", FAULTS)
+    def test_a_backend_of_ones_own_that_hangs_or_fails_is_a_finding(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        use_backend: UseBackend,
+        fault: str,
+    ) -> None:
+        monkeypatch.setenv("RSAFE_BACKEND", "openai:http://127.0.0.1:9/v1#guard")
+        monkeypatch.setenv("RSAFE_TIMEOUT", "0.2")
+        use_backend(ScriptedBackend(FAULTS[fault]))
+        assert main(["doctor", "--json"]) == FAILED
+        assert self.findings(capsys)["your backend"]["ok"] is False
 
     def test_a_backend_of_ones_own_is_tried_unless_it_is_large(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], by_keyword: ScriptedBackend

@@ -52,8 +52,7 @@ _OWN_POLICY = (
     "what falls under a category of rsafe-18 that your policy leaves out; of categories that rsafe-18 doesn't have it "
     "knows nothing (see its model card): where that matters, name a larger guard model as the backend"
 )
-
-
+# Backends that load a model in this process, which may take minutes.
 _LARGE = ("transformers", "vllm")
 
 

@@ -21,6 +21,11 @@ from rsafe_plugins.policy.translate import FORMATS, Entry, Format, NoPolicyError
 from rsafe_plugins.policy.translate import translate as read
 from rsafe_plugins.policy.translate.write import llama_guard_prompt, nemo_config, safeguard_policy
 
+_RENDER = {
+    "policy": Policy.to_yaml,
+    "gpt-oss-safeguard": safeguard_policy,
+    "llama-guard": llama_guard_prompt,
+}
 _TARGETS = ("policy", "nemo", "gpt-oss-safeguard", "llama-guard")
 
 
@@ -96,48 +101,38 @@ def translate(
         if not as_json:
             _print_correspondence(policies, to)
         return 0
-    texts = _texts(policies, to)
     if to == "nemo":
         if out is None:
             raise click.UsageError("--to nemo writes a folder: name it with --out.")
         written = nemo_config(policies, out)
     else:
-        written = _write(policies, texts, out, to, Path(source)) if out is not None else []
+        written = _write(policies, out, to, Path(source)) if out is not None else []
         if out is None and not as_json:
-            click.echo("\n---\n".join(texts.values()), nl=False)
+            click.echo("\n---\n".join(map(_RENDER[to], policies)), nl=False)
     if not as_json:
         _print_summary(translation, written, report)
     return 0
 
 
-def _texts(policies: list[Policy], to: str) -> dict[str, str]:
-    render = {
-        "policy": Policy.to_yaml,
-        "gpt-oss-safeguard": safeguard_policy,
-        "llama-guard": llama_guard_prompt,
-    }
-    return {policy.name: render[to](policy) for policy in policies} if to in render else {}
-
-
-def _write(policies: list[Policy], texts: dict[str, str], out: Path, to: str, source: Path) -> list[Path]:
+def _write(policies: list[Policy], out: Path, to: str, source: Path) -> list[Path]:
     suffix = {"policy": ".yaml", "gpt-oss-safeguard": ".md", "llama-guard": ".txt"}[to]
-    if len(texts) == 1 and out.suffix:
+    if len(policies) == 1 and out.suffix:
         paths = [out]
     else:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise PolicyError(
-                f"{out}: there are {len(texts)} policies, and no folder can be made ({error.strerror})."
+                f"{out}: there are {len(policies)} policies, and no folder can be made ({error.strerror})."
             ) from None
-        paths = [out / f"{name}{suffix}" for name in _file_names(texts)]
-    if source in paths or any(path.exists() and path.samefile(source) for path in paths):
+        paths = [out / f"{name}{suffix}" for name in _file_names(policy.name for policy in policies)]
+    if any(path.exists() and path.samefile(source) for path in paths):
         raise PolicyError(f"{source}: this is what is translated; name another file with --out.")
     for path, policy in zip(paths, policies, strict=True):
         if to == "policy":
             policy.save(path)
         else:
-            files.write_text(path, texts[policy.name])
+            files.write_text(path, _RENDER[to](policy))
     return paths
 
 

@@ -258,7 +258,7 @@ def _turns(messages: Sequence[BaseMessage]) -> tuple[Turn, ...]:
 
 
 def _text(message: BaseMessage, without: Sequence[ToolCall] = ()) -> Text:
-    """All text of a message: that of every content block, and of the tool calls that an agent would make.
+    """All text of a message: of who speaks, of every content block, and of the tool calls that an agent would make.
 
     Args:
         message: The message.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import takewhile
@@ -462,10 +462,11 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
                         "question": question,
                     }
                 refused[id(message)] = self._in_place_of(message, violation)
-        if refused and isinstance(failure, ParentCommand):
-            raise ParentCommand(_put(result, refused, held))
         if refused:
-            return _put(result, refused, held)
+            judged = _put(result, refused, held)
+            if isinstance(failure, ParentCommand):
+                raise ParentCommand(judged)
+            return judged
         if failure is not None:
             raise failure
         return result
@@ -526,17 +527,24 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
             return self._asked_for(held)
         if self.exit_behavior != "end":
             return None
-        seen = state.get("rsafe_seen") or {}
-        # What was said before a prompt that is known already belongs to an earlier run.
-        recent = takewhile(
-            lambda one: not (is_prompt(one) and seen.get(self._key(one)) == _digest(one)),
-            _results_of_turn(state["messages"]),
-        )
-        blocked = next(filter(self._is_mine, recent), None)
+        blocked = next(filter(self._is_mine, self._results_of_turn(state)), None)
         if blocked is None:
             return None
         refusal = AIMessage(self.violation_message, response_metadata={MARK: blocked.response_metadata[MARK]})
         return {"messages": [refusal], "jump_to": "end"}
+
+    def _results_of_turn(self, state: RSafeState) -> Iterator[BaseMessage]:
+        """What tools have brought since the model's last answer, or since the prompt of this run."""
+        seen = state.get("rsafe_seen") or {}
+
+        def is_brought(message: BaseMessage) -> bool:
+            if isinstance(message, AIMessage):
+                # A tool may bring a message of the model, too, in whose place one of ours stands then.
+                return _IN_PLACE in message.response_metadata.get(MARK, {})
+            # A prompt that has been judged came before the run.
+            return not (is_prompt(message) and seen.get(self._key(message)) == _digest(message))
+
+        return takewhile(is_brought, reversed(state["messages"]))
 
     def _asked_for(self, held: Mapping[str, Any]) -> dict[str, Any]:
         """What becomes of what was held; a person is asked for each, in the same order at each resumption."""
@@ -652,16 +660,6 @@ def _question(violation: _Violation, content: str) -> dict[str, Any]:
 
 def _is_approved(decision: Any) -> bool:
     return (decision.get("type") if isinstance(decision, Mapping) else decision) == "approve"
-
-
-def _results_of_turn(messages: Sequence[BaseMessage]) -> list[BaseMessage]:
-    """What tools have brought since the model's last answer."""
-
-    def is_brought(message: BaseMessage) -> bool:
-        # A tool may bring a message of the model, too, in whose place one of ours stands then.
-        return not isinstance(message, AIMessage) or _IN_PLACE in message.response_metadata.get(MARK, {})
-
-    return list(takewhile(is_brought, reversed(messages)))
 
 
 def _digest(message: BaseMessage) -> str:

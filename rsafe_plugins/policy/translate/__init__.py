@@ -6,7 +6,6 @@ Each format is one module: what it looks like, and how it is read. Nothing of a 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,9 +131,8 @@ def _is_own(path: Path, text: str) -> bool:
     try:
         Policy.load(path)
     except PolicyError:
-        # A mistake in one of ours is said as such; a rail config has other keys.
-        keys = set(re.findall(r"^[\"']?(\w+)[\"']?\s*:", text, re.MULTILINE))
-        return keys.isdisjoint({"custom_data", "prompts", "models", "rails", "instructions"})
+        # A mistake in one of ours is said as such.
+        return not nemo.looks_like(path)
     return True
 
 

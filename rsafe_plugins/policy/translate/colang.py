@@ -14,7 +14,8 @@ from rsafe_plugins.errors import PolicyError
 from rsafe_plugins.policy.translate.pieces import Draft, Entry, Piece, Rule, capital
 
 _REFUSAL = re.compile(
-    r"^(?:bot\s+)?(?:refuse|reject|decline|den(?:y|ies)|(?:inform|express|explain|say)\s+(?:cannot|can't|no\b(?!\s+(?:problem|worries))|unable|inability))",
+    r"^(?:bot\s+)?(?:refuse|reject|decline|den(?:y|ies)|(?:inform|express|explain|say)\s+"
+    r"(?:cannot|can't|no\b(?!\s+(?:problem|worries))|unable|inability))",
     re.IGNORECASE,
 )
 _REFUSES = re.compile(
@@ -24,7 +25,8 @@ _REFUSES = re.compile(
     r"(?:help|discuss|talk|answer|assist|provide|engage|support|respond|comment|speak|give|share|do\s+(?:that|this))\b|"
     r"\bnot\s+something\s+(?:(?:that\s+)?(?:I|we)\s+can|to\s+(?:discuss|talk))\b|\boff[\s-]limits\b|"
     r"\b(?:I|we)\s+(?:must|have\s+to|need\s+to)\s+(?:stay\s+away|decline|refuse|refrain)\b|"
-    r"\b(?:beyond|outside)\s+(?:of\s+)?(?:my|our)\s+(?:scope|remit)\b|\bagainst\s+(?:my|our)\s+(?:policy|policies|rules)\b",
+    r"\b(?:beyond|outside)\s+(?:of\s+)?(?:my|our)\s+(?:scope|remit)\b|"
+    r"\bagainst\s+(?:my|our)\s+(?:policy|policies|rules)\b",
     re.IGNORECASE,
 )
 _ANY_INTENT = re.compile(r"^(?:user\s+)?\.{3}$")

@@ -40,13 +40,18 @@ _SAFETY: Mapping[str, tuple[str, str]] = {
     ),
     "shieldgemma-2b": ("Unsafe content", "Dangerous content, harassment, hate speech and sexual content."),
 }
-# Those whose name says that they check form or quality.
-_NO_POLICY = re.compile(
-    r"length|range|choices|valid|regex|json|sql|csv|python|xml|case|line|words|reading|readab|similar|summar|provenance|"
-    r"relevan|halluc|ground|factual|language$|quality|translat|politeness|redundan|salien|logic|url|address|endpoint|"
-    r"price|tone|respons|critic|column|ends|starts|contains|matches|cucumber|spec|sentence|exclude|reachable|"
-    r"sanitiz|format|date|number|unique|count"
-)
+# Validators of the hub that check form or quality.
+_NO_POLICY = """
+    bug-free-python bug-free-sql contains-string correct-language csv-match csv-validator cucumber-expression-match
+    ends-with endpoint-is-reachable exclude-sql-predicates extracted-summary-sentences-match extractive-summary
+    financial-tone grounded-ai-hallucination high-quality-translation is-high-quality-translation is-reachable length
+    llm-critic logic-check lowercase lower-case one-line provenance-embeddings provenance-llm provenance-v0
+    provenance-v1 qa-relevance-llm-eval quotes-price reading-time redundant-sentences regex-match
+    remove-redundant-sentences response-evaluator responsiveness-check saliency-check similar-to-document
+    similar-to-list similar-to-previous-values sql-column-presence starts-with two-words uppercase upper-case
+    valid-address valid-choices valid-json valid-length valid-open-api-spec valid-python valid-range valid-sql
+    valid-url wiki-provenance
+"""
 _NAMESPACES = re.compile(r"^(?:hub://)?(?:[\w.-]+/)*(?P<name>[\w.-]+)$")
 _LISTS = re.compile(r"\"([^\"]+)\"|'([^']+)'")
 _NAMED = re.compile(r"\b(\w+) ?=\s*(\[[^\]]*\]|\"[^\"]*\"|'[^']*'|[^,\s]+)")
@@ -127,7 +132,7 @@ def add_validator(draft: Draft, name: str, words: Words, piece: Piece) -> list[E
     asked = (plain["name"] if plain else name).casefold().replace("_", "-")
     known = _SAFETY.get(asked)
     if known is None:
-        is_form = bool(_NO_POLICY.search(asked))
+        is_form = asked in _NO_POLICY.split()
         return [Entry(piece, reason="a validator that checks form or quality, not safety" if is_form else "")]
     title, description = known
     rule = Rule(title, piece, description=description)

@@ -160,7 +160,17 @@ def looks_like(path: Path) -> bool:
         return False
     data = read_yaml(files.read_text(path).removeprefix("\ufeff"), path.name)
     return isinstance(data, Mapping) and bool(
-        {"models", "rails", "prompts", "instructions", "colang_version", "import_paths", "flows"} & set(data)
+        {
+            "models",
+            "rails",
+            "prompts",
+            "instructions",
+            "colang_version",
+            "import_paths",
+            "flows",
+            "custom_data",
+        }
+        & set(data)
         or isinstance(data.get("policies"), list)
     )
 

@@ -37,7 +37,8 @@ _BAD = _form(
     r"unacceptable|don['\u2019]?ts)\b"
 )
 _NEGATION = _form(
-    r"\b(?:not|never|no|none|neither|nobody|non(?=[\s-]*violat)|cannot|nothing)\b|n['\u2019]t\b|\b(?:dont|cant|isnt|arent|wont)\b"
+    r"\b(?:not|never|no|none|neither|nobody|non(?=[\s-]*violat)|cannot|nothing)\b|n['\u2019]t\b|"
+    r"\b(?:dont|cant|isnt|arent|wont)\b"
 )
 _EXCEPT = _form(r"\b(?:except|unless|other\s+than|apart\s+from)\b")
 _MUST = _form(r"\b(?:should|must|shall|needs?\s+to|ha(?:s|ve)\s+to|always|required?)\b|^\W*do\W*$")
@@ -59,7 +60,7 @@ _JUDGE = _form(
 
 _UNSAFE = r"[\"'\u201c]?(?:yes|unsafe|block(?:ed)?)\b[\"'\u201d]?"
 _UNSAFE_IF = _form(
-    rf"^(?:please\s+)?{_SAY[2:]}{_UNSAFE}[,\s]+(?:if|when|whenever|where|for)\s+(?P<what>\S.*?)[.\s]*$"
+    rf"^(?:please\s+)?{_SAY}{_UNSAFE}[,\s]+(?:if|when|whenever|where|for)\s+(?P<what>\S.*?)[.\s]*$"
 )
 _IF_UNSAFE = _form(rf"^(?:if|when|whenever)\s+(?P<what>\S.*?),?\s+(?:then\s+)?{_SAY}{_UNSAFE}[.\s]*$")
 _BY_THE_RULES = _form(

@@ -64,7 +64,8 @@ _FORBIDDEN = _form(
 )
 _LISTED = _form(rf"^(?:not\s+{_OK}|{_BANNED})\s*:\s*(?P<what>.+)$")
 _TO_BLOCK = _form(
-    r"^(?P<what>.+?)\s+(?:(?:must|should|shall|will|may|can|might|needs?\s+to|ha(?:ve|s)\s+to|(?:is|are)\s+to)\s+(?:always\s+)?be|"
+    r"^(?P<what>.+?)\s+"
+    r"(?:(?:must|should|shall|will|may|can|might|needs?\s+to|ha(?:ve|s)\s+to|(?:is|are)\s+to)\s+(?:always\s+)?be|"
     rf"(?:is|are)(?:\s+always)?)\s+(?:{_BLOCKED}|{_BANNED}){_REST}"
 )
 _WITHOUT = _form(

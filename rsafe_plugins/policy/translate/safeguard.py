@@ -38,8 +38,8 @@ _KEY = re.compile(
     r"^\W*(?:violat\w+|label|answer|verdict|classification|unsafe|harmful|output)\W*[:=]\s*", re.IGNORECASE
 )
 _SAFE = re.compile(
-    r"^[\W_]*(?:0\b|[A-Z]{1,4}0+\b|no\b(?!\s+way)|non\b|not\s+(?:a\s+)?violat|does\s+not\s+violat|safe\b|valid\b|benign\b|"
-    r"harmless\b|allow(?:ed)?\b|false\b|compliant\b|ok(?:ay)?\b|acceptable\b)",
+    r"^[\W_]*(?:0\b|[A-Z]{1,4}0+\b|no\b(?!\s+way)|non\b|not\s+(?:a\s+)?violat|does\s+not\s+violat|safe\b|"
+    r"valid\b|benign\b|harmless\b|allow(?:ed)?\b|false\b|compliant\b|ok(?:ay)?\b|acceptable\b)",
     re.IGNORECASE,
 )
 _QUESTION = re.compile(
@@ -170,8 +170,7 @@ def _is_unsafe(answer: str) -> bool | None:
             "safe",
         ):
             if isinstance(data, Mapping) and key in data:
-                unsafe = _is_unsafe(str(data[key])) if not isinstance(data[key], Mapping) else None
-                return unsafe if key != "safe" or unsafe is None else not unsafe
+                return _is_unsafe(f"{key}: {data[key]}") if not isinstance(data[key], Mapping) else None
         return None
     said = _KEY.sub("", said)
     if found := _QUESTION.match(said):

@@ -17,7 +17,7 @@ HEAD = re.compile(
 )
 # What else may be one between the marks: an id without a colon, a number, a bullet with a name.
 _SPACED = re.compile(
-    r"^\W*(?P<id>[A-Z]{1,3}\d{1,3})\**\s*(?:[:.)\u2013\u2014-]\s*|\s)\**(?P<name>[^.:]+)[.:]?\s*(?P<rest>.*)$"
+    r"^[\s*]*(?P<id>[A-Z]{1,3}\d{1,3})\**\s*(?:[:.)\u2013\u2014-]\s*|\s)\**(?P<name>[^.:]+)[.:]?\s*(?P<rest>.*)$"
 )
 _NUMBERED = re.compile(r"^\s*\(?\d{1,3}[.)]\s+(?P<name>[^.:]+)[.:]?\s*(?P<rest>.*)$")
 _NAMED = re.compile(r"^\s*[-*]\s+(?P<name>[^.:]+)(?:[.:]\s*(?P<rest>.*))?$")
@@ -65,23 +65,19 @@ def read(draft: Draft, pieces: Sequence[Piece]) -> list[Entry]:
     end = next((n for n, piece in enumerate(pieces) if END.search(piece.text)), len(pieces))
     heads = {n: found for n, piece in enumerate(pieces) if (found := _head(piece.text))}
     if start is not None:
-        # All between the marks is about categories, however they are written.
-        within = [n for n in range(start + 1, end) if not _status(pieces[n].text)]
-        for form in (_SPACED, _NUMBERED, _NAMED):
-            if not any(start < n < end for n in heads) or form is _SPACED:
-                heads |= {
-                    n: found for n in within if n not in heads and (found := form.match(pieces[n].text))
-                }
+        heads = _heads_between(pieces, start, end)
     last = max(heads, default=-1)
     others: list[Entry] = []
     rule: Rule | None = None
     part, level = "covers", _NO_HEADING
     behind: list[Piece] = []  # what stands under a heading of its own
     for number, piece in enumerate(pieces):
-        head = heads.get(number) if (start is None or number > start) and number < end else None
+        head = heads.get(number) if number < end else None
         if head:
-            id, name, said = head.groupdict().get("id", ""), head["name"].strip(" *"), head["rest"] or ""
-            rule = Rule(name, piece, id=id or "", description=said.strip())
+            known = head.groupdict("")
+            rule = Rule(
+                known["name"].strip(" *"), piece, id=known.get("id", ""), description=known["rest"].strip()
+            )
             draft.rules.append(rule)
             part = "covers"
             title = heading(piece.text)
@@ -123,6 +119,24 @@ def read(draft: Draft, pieces: Sequence[Piece]) -> list[Entry]:
             if following is not None and BULLET.match(following.text):
                 part = "description"  # nobody knows whether it forbids what stands under it
     return [*others, *_behind(draft, behind)]
+
+
+def _heads_between(pieces: Sequence[Piece], start: int, end: int) -> dict[int, re.Match[str]]:
+    """The categories' first lines between the marks, however they are written."""
+    lines = {n: pieces[n].text for n in range(start + 1, end) if not _status(pieces[n].text)}
+    found = {n: head for n, line in lines.items() if (head := _head(line) or _SPACED.match(line))}
+    if found:
+        # "C4 charges" below "S1: Weapons" is no category.
+        letters = _letters(found[min(found)])
+        return {n: head for n, head in found.items() if _letters(head) == letters}
+    for form in (_NUMBERED, _NAMED):
+        if found := {n: head for n, line in lines.items() if (head := form.match(line))}:
+            return found
+    return {}
+
+
+def _letters(head: re.Match[str]) -> str:
+    return head["id"].rstrip("0123456789")
 
 
 def _behind(draft: Draft, pieces: Sequence[Piece]) -> list[Entry]:

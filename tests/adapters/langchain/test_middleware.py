@@ -152,14 +152,17 @@ async def test_a_graph_around_the_agent_keeps_no_unsafe_prompt_either(exit_behav
     assert not holds(CANARY, model.asked)
 
 
-async def test_prompts_are_judged_where_another_middleware_jumps_over_the_start() -> None:
+@pytest.mark.parametrize("fault", ["", *FAULTS])
+async def test_prompts_are_judged_where_another_middleware_jumps_over_the_start(fault: str) -> None:
     class Jumps(AgentMiddleware[Any, Any]):
         @hook_config(can_jump_to=["model"])
         def before_agent(self, state: Any, runtime: Any) -> dict[str, Any]:
             return {"jump_to": "model"}
 
     model = Model(replies=[said(ANSWER)])
-    agent = create_agent(model, middleware=[Jumps(), RSafeMiddleware({"backend": guard_backend()})])
+    backend = ScriptedBackend(FAULTS[fault]) if fault else guard_backend()
+    mine = RSafeMiddleware({"backend": backend, "timeout": 0.2 if fault else 60.0})
+    agent = create_agent(model, middleware=[Jumps(), mine])
     state = await agent.ainvoke({"messages": [HumanMessage(BAD)]})
     assert texts(state)[-1] == REFUSAL
     assert model.asked == []
@@ -723,7 +726,8 @@ async def test_a_rejected_prompt_stays_rejected_whatever_the_guard_says_by_then(
 
 
 @both_ways
-async def test_what_a_graph_inside_a_tool_hands_on_is_judged(how: str) -> None:
+@pytest.mark.parametrize("fault", ["", *FAULTS])
+async def test_what_a_graph_inside_a_tool_hands_on_is_judged(how: str, fault: str) -> None:
     def inner(state: Any) -> Command[Any]:
         messages = [ToolMessage(BAD, tool_call_id="call-1"), HumanMessage("note")]
         return Command(graph=Command.PARENT, update={"messages": messages})
@@ -744,7 +748,14 @@ async def test_what_a_graph_inside_a_tool_hands_on_is_judged(how: str) -> None:
         return str(await compiled.ainvoke({"messages": []}))
 
     replies = (said("", call("lookup", text="sea")), said(ANSWER))
-    agent = agent_of(*replies, tools=[lookup if how == "sync" else alookup], exit_behavior="replace")
+    agent = agent_of(
+        *replies,
+        tools=[lookup if how == "sync" else alookup],
+        backend=ScriptedBackend(FAULTS[fault]) if fault else guard_backend(),
+        settings={"timeout": 0.2} if fault else {},
+        exit_behavior="replace",
+        **only("check_tool_results"),
+    )
     state = await run(agent, how=how)
     assert texts(state)[-1] == ANSWER
     assert REFUSAL in texts(state)

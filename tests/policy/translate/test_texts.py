@@ -287,6 +287,11 @@ def test_a_rule_above_a_list_or_a_line_is_a_rule(tmp_path: Path, below: str) -> 
         ("- Violence: harm\n- Hate", ["Violence", "Hate"], []),
         ("S1: Violence.\nS2 - Hate\nS3 Weapons\n**S4**: Drugs", ["Violence", "Hate", "Weapons", "Drugs"], []),
         ("- Violence: harm\nS1: Hate", ["Hate"], ["- Violence: harm"]),
+        (
+            "S1: Weapons\nShould not\n- C4 explosives\nC4 charges count as well.\nS2: Hate",
+            ["Weapons", "Hate"],
+            [],
+        ),
     ],
 )
 def test_categories_between_the_marks(
@@ -332,10 +337,11 @@ def test_a_mistake_in_a_policy_of_ours_is_said(tmp_path: Path) -> None:
 
 
 def test_validators_that_nobody_knows_are_unknown(tmp_path: Path) -> None:
-    names = "hub://guardrails/toxic_language: 0.5; is-profanity-free; two-words; valid-length: 1 2; own/evil_check"
+    own = "own/evil_check; online-harassment; offensive-language; forbidden-words"
+    names = f"hub://guardrails/toxic_language: 0.5; is-profanity-free; two-words; valid-length: 1 2; {own}"
     translation = of(tmp_path, f"<rail><output><string validators='{names}'/></output></rail>", "x.rail")
     assert [one.name for one in only(translation).categories] == ["Toxic language", "Profanity"]
-    assert [entry.piece.text for entry in translation.unplaced] == ["own/evil_check"]
+    assert [entry.piece.text for entry in translation.unplaced] == own.split("; ")
 
 
 def test_what_is_written_says_what_it_is_for(tmp_path: Path) -> None:
