@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from itertools import groupby
@@ -13,6 +13,7 @@ from typing import Any
 from langchain_core.documents import Document
 from langchain_core.messages import (
     AIMessage,
+    AIMessageChunk,
     BaseMessage,
     BaseMessageChunk,
     ChatMessage,
@@ -269,19 +270,48 @@ def _text(message: BaseMessage, without: Sequence[ToolCall] = ()) -> Text:
         # Models are shown who speaks; a tool's name is judged as such.
         name = None if _kind(message) == "tool_result" else message.name
         return replace(said, text="\n".join(filter(None, (name, said.text))))
-    blocks, kwargs = message.content, message.additional_kwargs
+    blocks: Any = message.content
+    kwargs = message.additional_kwargs
     if without:
         ids = {call["id"] for call in without}
         if isinstance(blocks, list):
             blocks = [block for block in blocks if not _is_call(block, ids)]
         kwargs = {key: value for key, value in kwargs.items() if key not in _RAW_CALLS}
-    content = text_of(blocks)
+    content = text_of(list(_run_together(blocks)) if isinstance(blocks, list) else blocks)
     # Providers leave reasoning, refusals and older forms of tool calls here.
     more = text_of(kwargs)
     others = [call for call in message.tool_calls if call not in without]
-    calls = (_call(call) for call in (*others, *message.invalid_tool_calls))
+    calls = [_call(call) for call in (*others, *message.invalid_tool_calls)]
+    if isinstance(message, AIMessageChunk):
+        calls += _as_streamed(message)
     texts = [content.text, *calls, more.text]
     return Text("\n".join(filter(None, texts)), content.unreadable or more.unreadable)
+
+
+def _run_together(blocks: Sequence[Any]) -> Iterator[Any]:
+    """The same blocks with text that follows text in one, as readers see it: a stream may part a word in two."""
+    for is_text, run in groupby(blocks, _is_text):
+        if not is_text:
+            yield from run
+            continue
+        pieces = [block if isinstance(block, Mapping) else {"text": block} for block in run]
+        yield "".join(piece["text"] for piece in pieces)
+        yield from ({key: value for key, value in piece.items() if key != "text"} for piece in pieces)
+
+
+def _is_text(block: Any) -> bool:
+    if isinstance(block, Mapping):
+        return block.get("type") == "text" and isinstance(block.get("text"), str)
+    return isinstance(block, str)
+
+
+def _as_streamed(message: AIMessageChunk) -> Iterator[str]:
+    """The arguments of tool calls as they were streamed, where parsing them dropped something of it."""
+    parsed = ["".join(json.dumps(call["args"], ensure_ascii=False).split()) for call in message.tool_calls]
+    for piece in message.tool_call_chunks:
+        streamed = piece["args"] or ""
+        if "".join(streamed.split()) not in parsed:
+            yield streamed
 
 
 def _is_call(block: Any, ids: Collection[str | None]) -> bool:

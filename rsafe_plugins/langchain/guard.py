@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
 from pydantic import ConfigDict
@@ -80,6 +80,12 @@ class RSafeGuard(RunnableSerializable[Any, Any]):
         stream_window: int | None = None,
         name: str | None = None,
     ) -> None:
+        for argument, value, choices in (
+            ("exit_behavior", exit_behavior, get_args(ExitBehavior)),
+            ("kind", kind, get_args(ContentKind)),
+        ):
+            if value not in choices:
+                raise SettingsError(f"{argument} must be one of {', '.join(choices)}, not {value!r}.")
         check_window(stream_window)
         if stream_window is not None and exit_behavior == "annotate":
             raise SettingsError(
@@ -181,7 +187,7 @@ class RSafeGuard(RunnableSerializable[Any, Any]):
             stream = self._windows()
             for chunk in and_end(chunks):
                 if stream.add(chunk):
-                    together = self._together(stream)
+                    together = stream.together()
                     released = _released(stream, together, self._judge([together]))
                     yield from released
                     if stream.has_more:
@@ -198,7 +204,7 @@ class RSafeGuard(RunnableSerializable[Any, Any]):
             stream = self._windows()
             async for chunk in aand_end(chunks):
                 if stream.add(chunk):
-                    together = self._together(stream)
+                    together = stream.together()
                     for released in _released(stream, together, await self._ajudge([together])):
                         yield released
                     if stream.has_more:
@@ -208,10 +214,11 @@ class RSafeGuard(RunnableSerializable[Any, Any]):
             yield chunk
 
     def _windows(self) -> Windows[Any]:
-        return Windows(self.stream_window, lambda chunk: length(chunk, self.input_key))
-
-    def _together(self, stream: Windows[Any]) -> Any:
-        return whole(stream.chunks, self.input_key)
+        return Windows(
+            self.stream_window,
+            lambda chunk: length(chunk, self.input_key),
+            lambda chunks: whole(chunks, self.input_key),
+        )
 
     def _judge(self, values: list[Any]) -> list[Any]:
         """For each value what is handed on, or the exception that it ends with."""

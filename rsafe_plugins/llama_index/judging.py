@@ -149,7 +149,7 @@ class Gate:
         self.violation: Violation | None = None
         self._judge = judge
         self._asked = asked
-        self._stream: Windows[str] = Windows(window, len)
+        self._stream: Windows[str] = Windows(window, len, "".join)
 
     def passed(self, chunks: Iterator[str]) -> Iterator[str]:
         """The chunks that may be read. No more are drawn once the answer is blocked."""
@@ -171,7 +171,7 @@ class Gate:
                     return
 
     def _said_so_far(self) -> list[Part]:
-        return [self._asked("".join(self._stream.chunks))]
+        return [self._asked(self._stream.together())]
 
     def _released(self) -> list[str]:
         return [self._judge.violation_message] if self.violation else self._stream.release()

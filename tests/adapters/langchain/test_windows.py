@@ -16,6 +16,7 @@ from support.langchain import Model, said
 
 from rsafe_plugins import BackendError
 from rsafe_plugins.errors import SettingsError
+from rsafe_plugins.guard.streams import Windows
 from rsafe_plugins.langchain import RSafeGuard, RSafeViolationError
 from rsafe_plugins.testing import ScriptedBackend
 
@@ -139,3 +140,72 @@ def test_what_is_released_of_a_model_is_a_valid_stream_of_events(size: int | Non
     events = list(chunks_to_events(iter(chunks)))
     assert len(events) > 2
     assert_valid_event_stream(events)
+
+
+def piece(arguments: str, name: str | None = None) -> AIMessageChunk:
+    call = {"name": name, "args": arguments, "id": name, "index": 0, "type": "tool_call_chunk"}
+    return AIMessageChunk("", tool_call_chunks=[call])
+
+
+def blocks(*texts: str) -> list[AIMessageChunk]:
+    return [AIMessageChunk([{"type": "text", "text": text}]) for text in texts]
+
+
+HALVES = CANARY[:3], CANARY[3:]
+
+
+@both_ways
+@pytest.mark.parametrize("size", [None, 8])
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [piece('{"a": "b"}', "f"), piece(f" {CANARY} evil")],
+        [piece(f'{{"a": "{CANARY}",', "f"), piece('"a": "fine"}')],
+        [piece(f'{{"a": {CANARY}', "f")],
+        blocks("Take the ", *HALVES),
+        [AIMessageChunk(HALVES[0]), *blocks(HALVES[1])],
+        [AIMessageChunk(HALVES[0]), AIMessageChunk([HALVES[1]])],
+    ],
+    ids=["behind a call", "overwritten", "broken", "blocks", "text and block", "text and list"],
+)
+async def test_what_the_reader_reads_is_judged_however_it_is_cut(
+    how: str, size: int | None, chunks: Any
+) -> None:
+    guard = RSafeGuard({"backend": guard_backend()}, stream_window=size)
+    with pytest.raises(RSafeViolationError):
+        await released(source(chunks) | guard, how, [])
+
+
+def test_a_call_that_parses_is_judged_once() -> None:
+    backend = ScriptedBackend(SAFE)
+    list(
+        (source([piece('{"a": "gr\u00fc', "f"), piece('ezi"}')]) | RSafeGuard({"backend": backend})).stream(
+            "go"
+        )
+    )
+    (request,) = backend.requests
+    assert request.messages[-1].content.count("gr\u00fcezi") == 1
+
+
+def test_a_long_stream_is_put_together_once() -> None:
+    joined: list[int] = []
+
+    def join(chunks: Sequence[str]) -> str:
+        joined.append(len(chunks))
+        return "".join(chunks)
+
+    stream = Windows(10, len, join)
+    for _ in range(1000):
+        if stream.add("abcde"):
+            assert stream.together() == "abcde" * (len(joined) * 2)
+            assert stream.release() == ["abcde"] * 2
+    assert len(joined) == 500
+    assert max(joined) == 3
+
+
+@pytest.mark.parametrize(
+    "settings", [{"exit_behavior": "stop"}, {"kind": "poem"}, {"stream_window": True}, {"stream_window": 0}]
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="must be"):
+        RSafeGuard({"backend": guard_backend()}, **settings)
