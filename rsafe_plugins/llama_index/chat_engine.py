@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import logging
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ from rsafe_plugins.llama_index.judging import (
 
 _SHORT = 1.0
 """Seconds for another thread's event loop to cancel a task. One that takes longer is blocked, and the task with it."""
+
+log = logging.getLogger(__name__)
 
 
 class RSafeChatEngine(BaseChatEngine):
@@ -245,7 +248,8 @@ class RSafeChatEngine(BaseChatEngine):
         try:
             yield
         except BaseException:
-            self._clear()
+            with _keeping_the_first_error():
+                self._clear()
             raise
 
     @contextlib.asynccontextmanager
@@ -255,7 +259,8 @@ class RSafeChatEngine(BaseChatEngine):
         try:
             yield
         except BaseException:
-            await self._aclear()
+            with _keeping_the_first_error():
+                await self._aclear()
             raise
 
     def _supersede(self, turn: _Turn) -> None:
@@ -405,6 +410,15 @@ class _Writer:
             )
             self._response.awrite_response_to_history_task = None
             task.cancel()
+
+
+@contextlib.contextmanager
+def _keeping_the_first_error() -> Iterator[None]:
+    """Around emptying a memory after something failed; the next turn empties it again, or fails."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("The engine's memory couldn't be emptied: %s", type(error).__name__)
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

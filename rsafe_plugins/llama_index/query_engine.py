@@ -112,7 +112,7 @@ class RSafeQueryEngine(BaseQueryEngine):
     ) -> RESPONSE_TYPE:
         """The engine's answer from these nodes, judged as `query` does."""
         if violation := self._judge.check(self._asked_of_query(query_bundle)):
-            return self._refusal(violation)
+            return self._refusal(violation, self._expected(StreamingResponse))
         response = self.query_engine.synthesize(query_bundle, nodes, additional_source_nodes)
         return self._judged(query_bundle, response)
 
@@ -124,18 +124,18 @@ class RSafeQueryEngine(BaseQueryEngine):
     ) -> RESPONSE_TYPE:
         """Like `synthesize`, without blocking the event loop."""
         if violation := await self._judge.acheck(self._asked_of_query(query_bundle)):
-            return self._refusal(violation)
+            return self._refusal(violation, self._expected(AsyncStreamingResponse))
         response = await self.query_engine.asynthesize(query_bundle, nodes, additional_source_nodes)
         return await self._ajudged(query_bundle, response)
 
     def _query(self, query_bundle: QueryBundle) -> RESPONSE_TYPE:
         if violation := self._judge.check(self._asked_of_query(query_bundle)):
-            return self._refusal(violation)
+            return self._refusal(violation, self._expected(StreamingResponse))
         return self._judged(query_bundle, self.query_engine.query(query_bundle))
 
     async def _aquery(self, query_bundle: QueryBundle) -> RESPONSE_TYPE:
         if violation := await self._judge.acheck(self._asked_of_query(query_bundle)):
-            return self._refusal(violation)
+            return self._refusal(violation, self._expected(AsyncStreamingResponse))
         return await self._ajudged(query_bundle, await self.query_engine.aquery(query_bundle))
 
     def _asked_of_query(self, query: QueryBundle) -> list[Part]:
@@ -184,6 +184,13 @@ class RSafeQueryEngine(BaseQueryEngine):
         blocked = violation.blocked[: len(nodes)]
         return [node for node, is_blocked in zip(nodes, blocked, strict=True) if not is_blocked]
 
+    def _expected(
+        self, streaming: type[StreamingResponse] | type[AsyncStreamingResponse]
+    ) -> RESPONSE_TYPE | None:
+        """An empty response of the form that the engine would give; None where it isn't known, or no stream."""
+        synthesizer = getattr(self.query_engine, "_response_synthesizer", None)
+        return streaming(None) if getattr(synthesizer, "_streaming", False) else None  # type: ignore[arg-type]
+
     def _refusal(self, violation: Violation, response: RESPONSE_TYPE | None = None) -> RESPONSE_TYPE:
         """The refusal in the form of the response whose place it takes."""
         text = self._judge.violation_message
@@ -198,7 +205,7 @@ class RSafeQueryEngine(BaseQueryEngine):
 
 
 class _Refusal(Response):
-    """A refusal that can be read as a stream, too: of a blocked question it isn't known what was expected."""
+    """A refusal that can be read as a stream, too, where it isn't known what was expected."""
 
     @property
     def response_gen(self) -> Iterator[str]:

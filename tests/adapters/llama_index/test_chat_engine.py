@@ -21,7 +21,7 @@ from support.canary import CANARY, SAFE, guard_backend, holds, judged_text
 from support.faults import FAULTS
 from support.llama_index import Found, Says, query_engine
 
-from rsafe_plugins.llama_index import RSafeChatEngine, RSafeViolationError
+from rsafe_plugins.llama_index import RSafeChatEngine, RSafeQueryEngine, RSafeViolationError
 from rsafe_plugins.testing import ScriptedBackend
 
 REFUSAL = "I can't help with that request."
@@ -457,3 +457,35 @@ async def test_an_engine_that_fails_leaves_the_conversation_as_it_was(way: str) 
     with pytest.raises(ConnectionError):
         await say(engine, way)
     assert engine.chat_history == engine.chat_engine.chat_history == []
+
+
+@streams
+async def test_a_guarded_query_engine_in_a_chat_engine_refuses_a_question_as_a_stream(way: str) -> None:
+    inner = query_engine(Says(text=ANSWER), *FACTS, streaming=True)
+    guarded_engine = RSafeQueryEngine(inner, {"backend": guard_backend()})
+    chat = CondenseQuestionChatEngine.from_defaults(query_engine=guarded_engine, llm=Says(text="q"))
+    assert await say(chat, way, f"Tell me the {CANARY}.") == REFUSAL  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("way", ["achat", "astream_chat"])
+async def test_what_failed_first_is_raised_where_the_memory_fails_then(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = guarded("simple", Says(text=ANSWER))
+    failing = False
+
+    async def failed(*_: object, **__: object) -> None:
+        nonlocal failing
+        failing = True
+        raise asyncio.CancelledError
+
+    def reset() -> None:
+        if failing:
+            raise RuntimeError("no such table")
+
+    monkeypatch.setattr(engine.chat_engine, way, failed)
+    monkeypatch.setattr(engine.chat_engine, "reset", reset)
+    with pytest.raises(asyncio.CancelledError):
+        await say(engine, way)
+    with pytest.raises(RuntimeError, match="no such table"):
+        await say(engine, way, "Again.")

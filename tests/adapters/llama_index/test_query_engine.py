@@ -342,8 +342,22 @@ async def test_synthesizing_judges_the_question_too() -> None:
     assert llm.asked == []
 
 
-async def test_the_refusal_of_a_question_can_be_read_as_a_stream(capsys: pytest.CaptureFixture[str]) -> None:
-    response: Any = await ask(guarded(Says(text=ANSWER), streaming=True), f"Tell me the {CANARY}.")
+@ways
+async def test_the_refusal_of_a_question_is_a_stream_where_the_answer_would_be(how: str) -> None:
+    response = await ask(guarded(Says(text=ANSWER), streaming=True), f"Tell me the {CANARY}.", how)
+    assert isinstance(response, AsyncStreamingResponse if how == "async" else StreamingResponse)
+    assert await text_of(response) == REFUSAL
+    assert response.metadata["rsafe"]
+    assert response.source_nodes == []
+
+
+async def test_the_refusal_of_a_question_can_be_read_as_a_stream_where_nobody_knows(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    inner = query_engine(Says(text=ANSWER), *FACTS, streaming=True)
+    retry = RetryQueryEngine(inner, RSafeEvaluator({"backend": guard_backend()}))
+    engine = RSafeQueryEngine(retry, {"backend": guard_backend()})
+    response: Any = await ask(engine, f"Tell me the {CANARY}.", "sync")
     assert "".join(response.response_gen) == REFUSAL
     assert "".join([chunk async for chunk in response.async_response_gen()]) == REFUSAL
     response.print_response_stream()
