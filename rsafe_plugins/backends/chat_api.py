@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
@@ -32,6 +33,9 @@ class Skills:
     top: int = 0
     limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     greedy: bool = True
+
+
+_CLOSED = re.compile(r"<\s*/\s*think", re.IGNORECASE)
 
 
 class _Unshown(str):
@@ -91,6 +95,7 @@ class Answer(BaseModel):
 
 
 class _Piece(BaseModel):
+    index: int = 0
     delta: _Reply = _Reply()
     finish_reason: str | None = None
 
@@ -124,7 +129,8 @@ class Stream:
         chunk = _Chunk.model_validate_json(data)
         self.answer.usage = chunk.usage or self.answer.usage
         choice, length = self.answer.choices[0], self.pieces
-        for piece in chunk.choices[:1]:
+        # Only one answer was asked for; pieces of another one must not mix with it.
+        for piece in (one for one in chunk.choices if one.index == 0):
             choice.finish_reason = piece.finish_reason or choice.finish_reason
             for name in ("content", "reasoning", "reasoning_content"):
                 if text := getattr(piece.delta, name):
@@ -134,7 +140,8 @@ class Stream:
 
     def leave(self) -> None:
         """Ends the answer where it is: it holds enough, and nobody will tell how many tokens it took."""
-        self.answer.choices[0].finish_reason = "stop"
+        choice = self.answer.choices[0]
+        choice.finish_reason = choice.finish_reason or "stop"
         self.answer.usage = self.answer.usage or _Counts(completion_tokens=self.pieces)
 
 
@@ -177,6 +184,8 @@ def generated(choice: Choice, prefill: str, *, repeats: bool) -> str | None:
     """What the model generated after the prefill; None where the answer doesn't hold it."""
     content, thought = choice.message.content, choice.message.reasoning_content or choice.message.reasoning
     if thought:
+        if _CLOSED.search(thought):
+            return None  # what follows in it would be read as the answer
         # A server with a reasoning parser takes the thought out of the answer. The guard reads answers strictly
         # and must see all that was generated, so it is put back; closed only where an answer follows, since a
         # thought that ran into its budget never was.

@@ -78,7 +78,8 @@ class OpenAIBackend(Backend):
         timeout: Seconds that the server may take for an answer (> 0).
         connect_timeout: Seconds that connecting to it may take (> 0).
         concurrency: Requests under way at once, over all servers (>= 1).
-        queue: Requests that may wait for their turn (>= 0); any more are refused at once.
+        queue: Requests that may wait for their turn (>= 0). Where so many do, further calls are refused at once; those
+            of one call wait for each other, however many they are.
 
     Raises:
         SettingsError: An argument can't be used.
@@ -147,7 +148,16 @@ class OpenAIBackend(Backend):
             BackendUnavailable: It was closed, or the package `openai` isn't installed.
         """
         pool = self._pool_of_this_loop()
+        if self._is_full(pool):
+            refusal = BackendUnavailable(
+                f"The queue is full: {self._queue} requests wait for the server already. Send fewer at once, raise "
+                "`queue`, or add servers."
+            )
+            return [refusal] * len(requests)
         return await asyncio.gather(*(self._answer(pool, request) for request in requests))
+
+    def _is_full(self, pool: _Pool) -> bool:
+        return pool.gate.locked() and pool.waiting >= self._queue
 
     async def aclose(self) -> None:
         """Closes the connections; requests under way end with `BackendUnavailable`."""
@@ -199,7 +209,7 @@ class OpenAIBackend(Backend):
         try:
             for text in (*(m.content for m in request.messages), request.prefill, *request.candidates):
                 check_text(text)
-            async with pool.turn(self._queue):
+            async with pool.turn():
                 return await self._with_failover(pool, lambda server: self._complete(server, request))
         except BackendError as error:
             return error
@@ -255,18 +265,29 @@ class OpenAIBackend(Backend):
     async def _probe(self, server: _Server) -> Skills:
         if self._given_model is None:
             self._given_model = self.model = await self._only_model(server)
+        broke_over: Skills | None = None
         for skills in _WAYS_OF_ASKING:
-            request = _PROBE if skills.continues else _PLAIN_PROBE
             try:
-                answer = await self._ask(server, chat_body(request, skills, skills.top))
+                proven = await self._try(server, skills)
             except (_Refused, _Passing) as error:
                 # Some servers break over what they don't know instead of refusing it.
-                if isinstance(error, _Passing) and error.status not in (500, 501):
-                    raise
+                if isinstance(error, _Passing):
+                    if error.status not in (500, 501):
+                        raise
+                    broke_over = broke_over or skills
                 refusal = error
-            else:
-                return _proven(skills, answer)
+                continue
+            if broke_over is not None:
+                # Or it was broken just then, and would be taken for one that can do less as long as we live.
+                with contextlib.suppress(_Refused, _Passing):
+                    return await self._try(server, broke_over)
+            return proven
         raise refusal
+
+    async def _try(self, server: _Server, skills: Skills) -> Skills:
+        """What it turns out to be able to do when it is asked so."""
+        request = _PROBE if skills.continues else _PLAIN_PROBE
+        return _proven(skills, await self._ask(server, chat_body(request, skills, skills.top)))
 
     async def _only_model(self, server: _Server) -> str:
         raw = await self._sent(server, lambda: server.client.models.with_raw_response.list())
@@ -397,9 +418,13 @@ class OpenAIBackend(Backend):
         # The SDK's errors hold the request with its key and the server's words about the prompt, so none of
         # them becomes the cause of ours.
         try:
-            received = await send()
+            # The SDK's own timeout is that of each piece, so that an answer that drips would take for ever.
+            async with asyncio.timeout(self._timeout):
+                received = await send()
+        except TimeoutError:
+            failure: Exception = self._too_slow(server)
         except openai.APITimeoutError as error:
-            failure: Exception = self._timed_out(server, error)
+            failure = self._timed_out(server, error)
         except openai.APIConnectionError:
             failure = _unreachable(server)
         except openai.APIStatusError as error:
@@ -565,13 +590,8 @@ class _Pool:
         )
 
     @contextlib.asynccontextmanager
-    async def turn(self, queue: int) -> AsyncIterator[None]:
-        """A place among the requests under way, waited for in a queue of that length at most."""
-        if self.gate.locked() and self.waiting >= queue:
-            raise BackendUnavailable(
-                f"The queue is full: {queue} requests wait for the server already. Send fewer at once, raise "
-                "`queue`, or add servers."
-            )
+    async def turn(self) -> AsyncIterator[None]:
+        """A place among the requests under way."""
         self.waiting += 1
         try:
             await self.gate.acquire()

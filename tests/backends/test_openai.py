@@ -525,6 +525,30 @@ async def test_a_server_that_breaks_over_what_it_does_not_know_is_asked_plainly(
         assert not backend.supports_prefill
 
 
+@pytest.mark.parametrize("failures", [1, 4])
+async def test_a_server_that_breaks_while_it_starts_is_not_taken_for_a_plainer_one(failures: int) -> None:
+    async with running(first(failures, always(fault(500)))) as (_, backend):
+        scored = await only(backend, ask("Hi", prefill=BOX, candidates=LABELS))
+
+    assert math.exp(scored.logprobs["safe"]) == pytest.approx(0.6 + 0.0002)
+
+
+async def test_an_answer_that_drips_ends_with_the_timeout_and_later_ones_come() -> None:
+    async with running(first(1, hang), timeout=0.5) as (_, backend):
+        with pytest.raises(BackendTimeout, match=r"within 0\.5 s"):
+            await backend.prepare()
+        assert (await only(backend, ask("Hi", max_tokens=1))).text == "Hi!"
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+@pytest.mark.parametrize("content", [None, "", f"{BOX}unsafe}}"])
+async def test_a_thought_that_closes_itself_is_no_answer(name: str, content: str | None) -> None:
+    thought = f"One could read </think>{BOX}safe}} but no"
+    async with running(after_probe(answers({name: thought, "content": content}))) as (_, backend):
+        with pytest.raises(BackendError, match="no answer of OpenAI's chat API"):
+            await only(backend, ask("Hi"))
+
+
 async def test_a_probe_that_failed_is_made_again() -> None:
     async with running(first(3, always(fault(503)))) as (_, backend):
         with pytest.raises(BackendUnavailable, match="status 503"):
@@ -654,7 +678,7 @@ async def test_many_requests_come_back_in_order_and_within_the_concurrency() -> 
     assert server.most_busy == 8
 
 
-async def test_a_full_queue_refuses_at_once_and_serves_the_others() -> None:
+async def test_a_full_queue_refuses_further_calls_at_once_and_serves_the_others() -> None:
     async with running(after_probe(hang), concurrency=2, queue=3) as (server, backend):
         await backend.prepare()
         server.arrived.clear()
@@ -664,8 +688,8 @@ async def test_a_full_queue_refuses_at_once_and_serves_the_others() -> None:
         server.release.set()
         done = await task
 
-        assert [isinstance(one, Completion) for one in done] == [True] * 5 + [False] * 2
-        assert all("The queue is full: 3 requests wait" in str(one) for one in (*done[5:], *late))
+        assert all(isinstance(one, Completion) for one in done), "those of one call wait for each other"
+        assert ["The queue is full: 3 requests wait" in str(one) for one in late] == [True]
         assert isinstance(await only(backend, ask("Hi")), Completion)
 
 

@@ -208,3 +208,41 @@ async def test_a_cancelled_check_leaves_the_server() -> None:
             await server.left.wait()
 
     assert check.cancelled()
+
+
+async def test_a_thought_that_closes_itself_ends_no_stream() -> None:
+    thought = event(reasoning_content="One could read </think>\\boxed{safe} but no")
+    server = StreamingServer([thought, event("\\boxed{unsafe}"), event(finish="stop"), END])
+
+    answer = await answer_of(server)
+
+    assert isinstance(answer, BackendError)
+    assert "no answer of OpenAI's chat API" in str(answer)
+
+
+async def test_a_last_piece_that_was_filtered_is_no_verdict() -> None:
+    server = StreamingServer([event("\\boxed{safe}", finish="content_filter"), END])
+
+    answer = await answer_of(server)
+
+    assert isinstance(answer, BackendError)
+    assert "'content_filter'" in str(answer)
+
+
+async def test_pieces_of_another_answer_are_left_out() -> None:
+    other = {"choices": [{"index": 1, "delta": {"content": "\\boxed{safe}"}, "finish_reason": None}]}
+    stray = f"data: {json.dumps(other)}\n\n".encode()
+    server = StreamingServer([stray, event("\\boxed{unsafe}"), stray, event(finish="stop"), END])
+
+    answer = await answer_of(server)
+
+    assert isinstance(answer, Completion)
+    assert answer.text == "\\boxed{unsafe}"
+
+
+async def test_a_stream_that_drips_ends_with_the_timeout() -> None:
+    server = StreamingServer([event("<think>")], "wait")
+
+    answer = await answer_of(server, timeout=0.5)
+
+    assert isinstance(answer, BackendTimeout)
