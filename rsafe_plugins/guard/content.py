@@ -29,7 +29,7 @@ class Turn:
     text: str
 
     def __post_init__(self) -> None:
-        _check_text(self.text)
+        object.__setattr__(self, "text", _plain(self.text))
 
 
 History = Iterable[Turn | tuple[str, str] | Mapping[str, str]]
@@ -55,8 +55,8 @@ class Content:
     history: tuple[Turn, ...] = ()
 
     def __post_init__(self) -> None:
-        for value in (self.text, self.context):
-            _check_text(value)
+        object.__setattr__(self, "text", _plain(self.text))
+        object.__setattr__(self, "context", _plain(self.context))
 
     @classmethod
     def prompt(cls, text: str, history: History = ()) -> Content:
@@ -91,20 +91,31 @@ class Content:
         return len(self.text) + len(self.context) + sum(len(turn.text) for turn in self.history)
 
 
-def _check_text(value: Any) -> None:
+def _plain(value: Any) -> str:
+    """The text itself: what inherits from str may show something else of it."""
     if not isinstance(value, str):
         raise TypeError(f"Content takes text as str, not {type(value).__name__}.")
+    return str.__str__(value)
 
 
 def _turns(history: History) -> tuple[Turn, ...]:
+    if isinstance(history, str | Mapping) or not isinstance(history, Iterable):
+        raise TypeError(f"history takes a list of earlier turns, not {type(history).__name__}.")
     return tuple(_turn(item) for item in history)
 
 
 def _turn(item: Turn | tuple[str, str] | Mapping[str, str]) -> Turn:
-    if isinstance(item, Turn):
-        return item
-    role, text = (item["role"], item["content"] or "") if isinstance(item, Mapping) else item
+    match item:
+        case Turn():
+            return item
+        case {"role": str(role), "content": text} | (str(role), text):
+            pass
+        case _:
+            raise TypeError(
+                'A turn of history is a Turn, (role, text) or {"role": ..., "content": ...}, '
+                f"and this {type(item).__name__} is none."
+            )
     speaker = _SPEAKERS.get(role.lower())
     if speaker is None:
         raise ValueError(f"A turn's role must be one of {', '.join(_SPEAKERS)}, not {role!r}.")
-    return Turn(speaker, text)
+    return Turn(speaker, text or "")

@@ -7,14 +7,31 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
 
 from rsafe_plugins.errors import SettingsError
 from rsafe_plugins.policy import Policy
 
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+def _no_switch(value: Any) -> Any:
+    """Refuses `true` and YAML's `yes`, which would be taken for 1."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+Number = BeforeValidator(_no_switch)
+Probability = Annotated[float, Field(ge=0.0, le=1.0), Number]
 # At 1 nothing would fit well enough, and everything would be let through.
-CategoryThreshold = Annotated[float, Field(ge=0.0, lt=1.0)]
+CategoryThreshold = Annotated[float, Field(ge=0.0, lt=1.0), Number]
 
 PACKAGED = Path(__file__).parent / "data" / "fitted.yaml"
 
@@ -92,7 +109,7 @@ def read(file: Path) -> dict[str, dict[str, OperatingPoint]]:
 
 
 def write(file: Path, model: str, points: dict[str, OperatingPoint]) -> None:
-    """Puts a model's operating points, by policy name, into a file; those of other models stay.
+    """Puts a model's operating points, by policy name, into a file; those of other models and policies stay.
 
     Raises:
         SettingsError: The file is there and isn't of that form.
@@ -101,7 +118,8 @@ def write(file: Path, model: str, points: dict[str, OperatingPoint]) -> None:
     if file.exists():
         read.cache_clear()
         stored = _File.dump_python(read(file), mode="json")
-    stored[model] = {name: point.model_dump(mode="json") for name, point in points.items()}
+    fresh = {name: point.model_dump(mode="json") for name, point in points.items()}
+    stored[model] = {**stored.get(model, {}), **fresh}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(stored, sort_keys=False), "utf-8")
     read.cache_clear()

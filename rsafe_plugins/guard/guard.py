@@ -26,7 +26,7 @@ from rsafe_plugins.errors import (
 from rsafe_plugins.guard import loop
 from rsafe_plugins.guard.content import Content
 from rsafe_plugins.guard.dialects import dialect_of, guessed
-from rsafe_plugins.guard.fitted import OperatingPoint, operating_point
+from rsafe_plugins.guard.fitted import OperatingPoint, operating_point, read
 from rsafe_plugins.guard.flights import Flights
 from rsafe_plugins.guard.joiner import Joiner
 from rsafe_plugins.guard.parts import MOST_CHARACTERS, MOST_PARTS, Span, halves
@@ -47,6 +47,8 @@ _LEAST_MASS = 0.5
 _START_SECONDS = 900.0
 # From so many characters on a content takes milliseconds to be made a prompt.
 _LARGE = 50_000
+# Characters of a text that stand for any text: what it belongs to must fit beside them.
+_SHORT = 200
 
 _COMPARED: tuple[ContentKind, ...] = ("prompt", "response")
 
@@ -204,6 +206,10 @@ class Guard:
                 "category_threshold out."
             )
 
+    def __deepcopy__(self, memo: object) -> Guard:
+        """Itself: an engine and its locks have no copy, and settings don't change."""
+        return self
+
     def compared_with(self, kind: ContentKind) -> tuple[Category, ...]:
         """The categories that the policy leaves out, where what is found unsafe is asked about them, too."""
         # A server may have said only now which model it is, and so what was fitted for it.
@@ -305,6 +311,7 @@ class Guard:
                         check.error = check.error or failure
                 await self._decide(checks)
                 await self._decide_with_less_history(checks)
+                await self._refuse_long_contexts([c for c in checks if isinstance(c.error, InputTooLong)])
                 await self._decide_in_parts([c for c in checks if isinstance(c.error, InputTooLong)])
         except TimeoutError:
             for check in checks:
@@ -323,6 +330,13 @@ class Guard:
                     f"The model is {self.backend.model}, of the dialect {name}, and the guard was set up for "
                     f"{self.dialect.name}: set dialect, or name the model in the backend string."
                 )
+        file = self.settings.threshold
+        if isinstance(file, Path) and self.backend.model not in (fitted := read(file)):
+            has = ", ".join(fitted) or "none"
+            return BackendError(
+                f"The model is {self.backend.model}, and the thresholds in {file} are of {has}: fit them for this "
+                "model with `rsafe eval --fit`, or set threshold to a number."
+            )
         if self.dialect.one_category and self.dialect.own_chat and not self.backend.renders_chat:
             return BackendError(
                 f"This engine can't be asked in the dialect {self.dialect.name}, whose chat template must be given "
@@ -361,6 +375,19 @@ class Guard:
                 if check.content.size <= MOST_CHARACTERS:
                     check.messages, check.error = self._messages(check.policy, check.content), None
             await self._decide(too_long)
+
+    async def _refuse_long_contexts(self, checks: Sequence[_Check]) -> None:
+        """Fails those whose context alone is too long, which in parts would be found out again for each part."""
+        tried = [check for check in checks if len(check.content.context) > _SHORT]
+        parts = [await self._part(check, (0, _SHORT)) for check in tried]
+        await self._decide(parts)
+        for check, part in zip(tried, parts, strict=True):
+            if isinstance(part.error, InputTooLong):
+                check.error = BackendError(
+                    f"What the {check.content.kind} belongs to (its prompt, query or tool) is too long for the "
+                    f"engine's context, with {len(check.content.context)} characters: leave some of it out, or use "
+                    "an engine with a larger context."
+                )
 
     async def _decide_in_parts(self, checks: Sequence[_Check]) -> None:
         """Halves each content until its parts fit; the worst part decides."""
@@ -787,6 +814,8 @@ def _listed(contents: Iterable[Content | str]) -> list[Content | str]:
         raise TypeError(
             f"check_many takes a list of contents, not one {type(contents).__name__}; use check for one."
         )
+    if not isinstance(contents, Iterable):
+        raise TypeError(f"check_many takes a list of contents, not {type(contents).__name__}.")
     return list(contents)
 
 

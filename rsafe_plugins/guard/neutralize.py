@@ -15,19 +15,20 @@ from functools import lru_cache
 MARK = "¦"
 
 # What opens or closes something in a prompt of ours, or in the chat templates of the common model families:
-# ChatML, Llama 2 to 4, Gemma, Mistral, Harmony, Phi, Qwen, DeepSeek, Granite.
+# ChatML, Llama 2 to 4, Gemma, Mistral, Harmony, Phi, Qwen, DeepSeek, Granite, GLM, Nemotron, EXAONE, Seed, InternLM,
+# MiniMax.
 _TAGS = (
     "think|thinking|thought|reasoning|reflection|analysis|answer|"
     "s|bos|eos|unk|pad|mask|sep|cls|"
     "start_of_turn|end_of_turn|start_of_image|start_of_role|end_of_role|"
     "im_start|im_end|im_sep|endoftext|"
     "system|user|assistant|agent|human|developer|tool|function|instructions?|policy|"
-    r"filename|reponame|unused\d+|"
+    r"filename|reponame|unused\d+|sop|eop|eod|eot|"
     "tools?_calls?|tools?_responses?|tools?_results?|function_calls?|function_results?|guardian"
 )
 _BRACKETS = (
     "INST|SYS|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT|ARGS|CALL_ID|THINK|"
-    r"PREFIX|SUFFIX|MIDDLE|IMG\w*+|BOS|EOS|g?MASK|CLS|SEP|PAD|UNK"
+    r"PREFIX|SUFFIX|MIDDLE|IMG\w*+|BOS|EOS|g?MASK|CLS|SEP|PAD|UNK|UNUSED_TOKEN_\d++"
 )
 _ROLES = (
     "user|agent|assistant|system|human|ai|bot|model|developer|tool(?: (?:call|result))?|document|function|"
@@ -35,10 +36,13 @@ _ROLES = (
 )
 
 # Controls and lone surrogates, which engines can't take; and what is invisible and could hide inside a word:
-# soft hyphen, zero-width characters but the two joiners that scripts need, direction marks, tag characters.
+# soft hyphen, zero-width characters but the two joiners that scripts need, direction marks, fillers, tag characters,
+# and what chooses a form of the character before it, except of signs and digits, where emoji need it.
 _UNTYPEABLE = re.compile(
-    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ud800-\udfff"
-    r"\ufeff\U000e0000-\U000e007f]"
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200e\u200f"
+    r"\u202a-\u202e\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0d\ufeff\uffa0\ufff9-\ufffb\U0001d173-\U0001d17a"
+    r"\U000e0000-\U000e007f\U000e0100-\U000e01ef]"
+    r"|(?<![#*0-9\xa9\xae\u200d\u203c-\u3299\U0001f000-\U0001faff])[\ufe0e\ufe0f]"
 )
 _MARKED = re.compile(rf"{MARK}{MARK}|{MARK}\{{([0-9a-f]+)\}}|{MARK}")
 
@@ -54,10 +58,11 @@ def _structure(delimiters: tuple[str, ...]) -> re.Pattern[str]:
     """
     own = [(delimiter[0], _loosely(delimiter[1:])) for delimiter in delimiters if len(delimiter) > 1]
     follows = {
-        "<＜": rf"[|｜]|{_GAP}[/／]?+{_GAP}(?:(?:{_TAGS})\b|(?:begin|end)[\s_\-]|[a-z]++(?:_[a-z]++)++\d*+[>＞])"
+        "<＜": rf"[|｜]|{_GAP}[/／]?+{_GAP}(?:(?:{_TAGS})\b|(?:begin|end)[\s_\-]|[a-z0-9]++(?:[_:][a-z0-9]++)++[>＞])"
         rf"|<{_GAP}[/／]?+{_GAP}SYS\b",
-        "|｜": "[>＞]",
-        "[": rf"{_GAP}/?+{_GAP}(?:{_BRACKETS}){_GAP}\]",
+        "|｜": r"[>＞\]]",
+        "[": rf"[|｜]|e~|{_GAP}/?+{_GAP}(?:{_BRACKETS}){_GAP}\]",
+        "]": "~",
         "\\＼": rf"{_GAP}f?box",
     }
     structures = [*follows.items(), *own]

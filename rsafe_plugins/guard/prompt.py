@@ -128,7 +128,15 @@ class GuardPrompt:
                 reasoning=thinking,
                 **conversation,
             )
-        except (JinjaError, KeyError, TypeError, ValueError) as error:
+        except (
+            JinjaError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise TemplateError(f"{self.source} can't be rendered for a {kind}: {error}.") from error
 
     def _safe_category(self, category: Category) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator
@@ -18,11 +18,13 @@ from pydantic_settings import (
 
 from rsafe_plugins.backends import Backend
 from rsafe_plugins.errors import SettingsError
-from rsafe_plugins.guard.fitted import Band, CategoryThreshold, Probability
+from rsafe_plugins.guard.fitted import Band, CategoryThreshold, Number, Probability
 from rsafe_plugins.policy import Policy
 
 Reasoning = Literal["never", "always", "adaptive"]
 OnError = Literal["block", "allow", "raise"]
+
+_FILE = "rsafe.yaml"
 
 
 class GuardSettings(BaseSettings):
@@ -64,7 +66,7 @@ class GuardSettings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="RSAFE_", yaml_file="rsafe.yaml", extra="forbid", frozen=True, arbitrary_types_allowed=True
+        env_prefix="RSAFE_", yaml_file=_FILE, extra="forbid", frozen=True, arbitrary_types_allowed=True
     )
 
     policy: Policy | str | Path = "rsafe-18"
@@ -73,12 +75,12 @@ class GuardSettings(BaseSettings):
     threshold: Probability | Path | None = None
     band: Band | None = None
     category_threshold: CategoryThreshold | None = None
-    max_reasoning_tokens: int = Field(default=256, ge=1)
-    timeout: float = Field(default=60.0, gt=0)
+    max_reasoning_tokens: Annotated[int, Number] = Field(default=256, ge=1)
+    timeout: Annotated[float, Number] = Field(default=60.0, gt=0)
     on_error: OnError = "block"
-    cache: float = Field(default=0.0, ge=0)
+    cache: Annotated[float, Number] = Field(default=0.0, ge=0)
     name_categories: bool = True
-    policy_tokens: int = Field(default=2000, ge=100)
+    policy_tokens: Annotated[int, Number] = Field(default=2000, ge=100)
     dialect: str | Path | None = None
     template: Path | None = None
 
@@ -119,12 +121,18 @@ class GuardSettings(BaseSettings):
         Raises:
             SettingsError: A key is unknown or a value can't be used; the message names it.
         """
+        if strange := [name for name in given if not isinstance(name, str)]:
+            raise SettingsError(f"{source}: a setting's name is text, not {strange[0]!r}.")
+        if Path(_FILE).is_dir():  # as container engines make where a file that is to be mounted isn't there
+            raise SettingsError(
+                f"{_FILE} is a directory, and must be a file of settings: replace or remove it."
+            )
         try:
             return cls(**{name: value for name, value in given.items() if value is not None})
         except ValidationError as error:
             raise SettingsError(_sentence(error, source)) from error
-        except (yaml.YAMLError, UnicodeDecodeError, OSError, TypeError, ValueError) as error:
-            raise SettingsError(f"rsafe.yaml can't be read as a mapping of settings: {error}") from error
+        except (yaml.YAMLError, UnicodeDecodeError, OSError, AttributeError, TypeError, ValueError) as error:
+            raise SettingsError(f"{_FILE} can't be read as a mapping of settings: {error}") from error
 
 
 def _sentence(error: ValidationError, source: str) -> str:

@@ -61,6 +61,24 @@ def test_other_models_stay_when_one_is_written(file: Path) -> None:
     assert set(read(file)) == {"m", "n"}
 
 
+def test_other_policies_stay_when_one_is_written(file: Path) -> None:
+    write(file, "m", {"third": OperatingPoint(threshold=0.3), "mine": OperatingPoint(threshold=0.4)})
+    assert {name: point.threshold for name, point in read(file)["m"].items()} == {
+        "other": 0.2,
+        "mine": 0.4,
+        "third": 0.3,
+    }
+
+
+@pytest.mark.parametrize("text", ["", "another: {mine: {threshold: 0.1}}"])
+def test_a_file_of_ones_own_without_the_model_fails_the_check(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "fitted.yaml"
+    path.write_text(text)
+    verdict = Guard(POLICY, backend=scripted(0.2), reasoning="never", threshold=path).check("x")
+    assert (verdict.label, verdict.blocked) == (None, True)
+    assert "The model is m, and the thresholds in" in str(verdict.error)
+
+
 @pytest.mark.parametrize("name", ["rsafe-18", "prompt-injection"])
 def test_the_packaged_guard_and_the_built_in_policies_have_been_fitted(name: str) -> None:
     point = read(PACKAGED)[LlamaCppBackend().model][name]
@@ -68,7 +86,16 @@ def test_the_packaged_guard_and_the_built_in_policies_have_been_fitted(name: str
 
 
 @pytest.mark.parametrize(
-    "text", ["- a", "m: {mine: {threshold: 2}}", "m: {mine: {treshold: 0.2}}", "\x00", "m: ["]
+    "text",
+    [
+        "- a",
+        "m: {mine: {threshold: yes}}",
+        "m: {mine: {band: [yes, 1]}}",
+        "m: {mine: {threshold: 2}}",
+        "m: {mine: {treshold: 0.2}}",
+        "\x00",
+        "m: [",
+    ],
 )
 def test_a_bad_file_is_one_sentence_when_the_guard_is_made(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad.yaml"

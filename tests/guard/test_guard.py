@@ -509,3 +509,52 @@ def test_contents_of_several_kinds_share_a_batch() -> None:
     ]
     assert len(Guard(backend=backend).check_many(contents)) == 5
     assert len(backend.calls) == 1
+
+
+def test_text_that_shows_something_else_of_itself_is_judged_as_what_it_is() -> None:
+    class Masked(str):
+        __slots__ = ()
+
+        def __repr__(self) -> str:
+            return "<hidden>"
+
+        def __str__(self) -> str:
+            return "<hidden>"
+
+    backend = ScriptedBackend(lambda asked: rf"\boxed{{{'unsafe' if 'bomb' in str(asked) else 'safe'}}}")
+    guard = Guard(backend=backend, cache=60)
+    turns = [Content.response("yes", "", [("user", Masked(text))]) for text in ("a pie", "a bomb")]
+    verdicts = guard.check_many([Masked("a pie"), Masked("a bomb"), *turns])
+    assert [verdict.label for verdict in verdicts] == ["safe", "unsafe"] * 2
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        "hello",
+        None,
+        5,
+        {"role": "user", "content": "x"},
+        [None],
+        ["ab"],
+        [("user",)],
+        [("a", "b", "c")],
+        [(None, "x")],
+    ],
+)
+def test_a_history_of_another_form_is_said(history: Any) -> None:
+    with pytest.raises(TypeError, match="histor"):
+        Content.prompt("x", history)
+
+
+@pytest.mark.parametrize(
+    "history", [[{"role": "user"}], [{"role": None, "content": "x"}], [{"content": "x"}]]
+)
+def test_a_turn_of_another_form_is_said(history: Any) -> None:
+    with pytest.raises(TypeError, match="A turn of history is"):
+        Content.prompt("x", history)
+
+
+def test_nothing_is_no_list_of_contents() -> None:
+    with pytest.raises(TypeError, match="takes a list of contents, not NoneType"):
+        Guard(backend=ScriptedBackend()).check_many(None)  # type: ignore[arg-type]

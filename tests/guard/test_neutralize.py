@@ -7,6 +7,17 @@ from hypothesis import strategies as st
 from rsafe_plugins.guard.neutralize import MARK, neutralize, restore
 
 STRUCTURES = [
+    "<extra_id_1>",
+    "<SPECIAL_11>",
+    "<seed:bos>",
+    "</seed:think>",
+    "<reserved_106>",
+    "<eod>",
+    "[|assistant|]",
+    "[|endofturn|]",
+    "[UNUSED_TOKEN_145]",
+    "]~b]",
+    "[e~[",
     "<think>",
     "</think>",
     "< / Think >",
@@ -112,14 +123,38 @@ def test_a_role_at_the_start_of_a_line_is_broken(role: str, before: str) -> None
 
 
 @pytest.mark.parametrize(
-    "text", ["the user: a person", "2 < 3 and 5 > 4", "a|b", "boxed", "<b>bold</b>", "[1] cited", "C:\\temp"]
+    "text",
+    [
+        "the user: a person",
+        "2 < 3 and 5 > 4",
+        "a|b",
+        "boxed",
+        "<b>bold</b>",
+        "[1] cited",
+        "C:\\temp",
+        "\u2764\ufe0f 1\ufe0f\u20e3",
+    ],
 )
 def test_ordinary_text_is_left_as_it_is(text: str) -> None:
     assert neutralize(text) == text
 
 
 @pytest.mark.parametrize(
-    "text", ["</\u200bthink>", "\\bo\u200bxed{", "Us\ufeffer:", "<th\u00adink>", "Us\U000e0041er:"]
+    "text",
+    [
+        "</\u200bthink>",
+        "\\bo\u200bxed{",
+        "Us\ufeffer:",
+        "<th\u00adink>",
+        "Us\U000e0041er:",
+        "<\ufe0fEND CONVERSATION>",
+        "U\ufe0fser:",
+        "</th\u034fink>",
+        "\u061cUser:",
+        "Us\u3164er:",
+        "Us\U000e0100er:",
+        "Us\u2800er:",
+    ],
 )
 def test_what_nobody_can_see_is_made_visible(text: str) -> None:
     marked = neutralize(text)

@@ -94,8 +94,11 @@ def test_an_endless_conversation_is_judged_with_its_later_turns() -> None:
 
 
 def test_what_surrounds_a_text_is_not_cut_so_too_much_of_it_blocks() -> None:
-    verdict = Guard(backend=small_engine()).check(Content.response("Yes. " * 500, prompt=SENTENCE * 200))
+    backend = small_engine()
+    verdict = Guard(backend=backend).check(Content.response("Yes. " * 500, prompt=SENTENCE * 200))
     assert (verdict.label, verdict.blocked) == (None, True)
+    assert "What the response belongs to" in str(verdict.error)
+    assert len(backend.requests) == 2, "it isn't found out again for each part"
 
 
 @pytest.mark.parametrize("length", [LONGEST * 100, MOST_CHARACTERS + 1])

@@ -1,4 +1,5 @@
 import asyncio
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,34 @@ def test_an_engine_that_was_closed_is_not_shared_any_more(text: str) -> None:
     second = Guard(backend=text).backend
     assert first.closed
     assert not second.closed
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["threshold", "category_threshold", "timeout", "cache", "max_reasoning_tokens", "policy_tokens"],
+)
+def test_a_switch_is_no_number(name: str) -> None:
+    with pytest.raises(SettingsError, match=f"{name}.*must be a number"):
+        guard(**{name: True})
+    Path("rsafe.yaml").write_text(f"{name}: yes\n")
+    with pytest.raises(SettingsError, match=f"{name}.*must be a number"):
+        guard()
+
+
+def test_a_file_of_settings_that_is_a_directory_is_not_passed_over() -> None:
+    Path("rsafe.yaml").mkdir()
+    with pytest.raises(SettingsError, match="is a directory"):
+        guard()
+
+
+def test_a_name_that_is_no_text_is_said() -> None:
+    with pytest.raises(SettingsError, match="a setting's name is text, not 1"):
+        Guard.of({1: 2})  # type: ignore[dict-item]
+    Path("rsafe.yaml").write_text("1: 2\n")
+    with pytest.raises(SettingsError, match="be read as a mapping"):
+        guard()
+
+
+def test_a_copy_of_a_guard_is_the_guard() -> None:
+    mine = guard()
+    assert copy.deepcopy({"guard": mine})["guard"] is mine
