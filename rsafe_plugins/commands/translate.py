@@ -271,6 +271,8 @@ def _check(translation: Translation, backend: str | None, as_json: bool) -> int:
                         "error": verdict.error,
                     }
                 )
+    if not asked:
+        raise click.UsageError("--check judges the examples of a policy, and there are none.")
     if as_json:
         common.print_json({"examples": asked, "disagreements": disagreements})
     else:

@@ -85,6 +85,8 @@ def _recognized(category: Category) -> frozenset[str]:
         return frozenset(own)
     known = _names().get(name, frozenset()) | _names().get(_plain(category.id), frozenset()) | own.keys()
     said = " ".join([name, *map(_plain, more)])
+    if _open().search(said):
+        return frozenset()
     if not known:
         rest = name
         for words in _words().values():
@@ -94,6 +96,11 @@ def _recognized(category: Category) -> frozenset[str]:
         if not {*said.split()}.isdisjoint(_table()["broad"].split()):
             return frozenset()
     return known | {one for one, words in _words().items() if words.search(said)}
+
+
+@cache
+def _open() -> re.Pattern[str]:
+    return re.compile(rf"\b(?:{'|'.join(_table()['open'])})\b")
 
 
 @cache

@@ -100,6 +100,10 @@ def test_with_a_category_that_nobody_recognizes_nothing_is_left_out() -> None:
         ("Kidney disease", "Advice on drugs."),
         ("Harmful content", "Anything illegal."),
         ("Not about us", "Drugs."),
+        ("Violence", "Violence, and everything else that is disturbing."),
+        ("Hate Speech", "Hate, and any other content that is not suitable for pupils."),
+        ("Harassment", "Whatever our lawyers would not like."),
+        ("Violence and more", ""),
     ):
         assert missing(hate, Category(id="B", name=name, description=description)) == set(), name
 

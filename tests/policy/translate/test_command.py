@@ -174,3 +174,12 @@ def test_names_of_files_stay_in_the_folder(tmp_path: Path) -> None:
         "config-input-..-..-x-2.yaml",
         "config-input-..-..-x.yaml",
     ]
+
+
+def test_check_without_examples_checks_nothing_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "shop.yaml"
+    Policy(name="shop", categories=(Category(id="C1", name="Theft"),)).save(source)
+    assert main(["translate", str(source), "--check"]) == 2
+    assert "there are none" in capsys.readouterr().err
