@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Not `rsafe.main`, which exits with status 1 when a pipe breaks: here that would say "blocked".
         with rsafe.make_context("rsafe", list(sys.argv[1:] if argv is None else argv)) as context:
             status = rsafe.invoke(context)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None where a script has closed it
+            sys.stdout.flush()
     except click.exceptions.Exit as done:
         return done.exit_code
     except click.ClickException as error:

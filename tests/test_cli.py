@@ -132,8 +132,13 @@ class TestCheck:
             ["--kind", "document", "--prompt", "opening hours", "hello"],
             ["--kind", "tool_result", "hello"],
             ["--kind", "tool_call", '{"name": "send", "arguments": {"to": "hello"}}'],
+            [
+                "--kind",
+                "tool_call",
+                '{"name": "send", "args": {"to": "hello"}, "id": "1", "type": "tool_call"}',
+            ],
         ],
-        ids=lambda arguments: arguments[1],
+        ids=lambda arguments: arguments[-1][:20],
     )
     def test_each_kind_of_content_reaches_the_guard(
         self, arguments: list[str], by_keyword: ScriptedBackend
@@ -163,6 +168,14 @@ class TestCheckUsage:
             (["-", "-"], "only once"),
             (["hello", "--prompt", "Hi!"], "--prompt goes with"),
             (["--kind", "tool_call", "rm -rf /"], "Expected a tool call as JSON"),
+            (
+                ["--kind", "tool_call", '{"name": "run", "parameters": {"cmd": "x"}}'],
+                "Expected a tool call as JSON",
+            ),
+            (
+                ["--kind", "tool_call", '{"name": "run", "args": {}, "arguments": {}}'],
+                "Expected a tool call as JSON",
+            ),
             (["--kind", "tool_call", "[" * 100_000], "Expected a tool call as JSON"),
             (["hello", "--policy", "no-such-policy"], "no-such-policy"),
             (["hello", "--policy", "/nowhere/policy.yaml"], "/nowhere/policy.yaml"),
@@ -539,3 +552,19 @@ class TestEngine:
         assert told["works"] is True
         details = {finding["name"]: finding["detail"] for finding in told["findings"]}
         assert "of categories that rsafe-18 doesn't have it knows nothing" in details["your own policy"]
+
+
+@pytest.mark.parametrize(("text", "status"), [("hello", SAFE), ("a BOMB", BLOCKED)])
+def test_the_exit_status_says_it_all_where_nobody_reads(
+    text: str, status: int, by_keyword: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["check", text, "--reasoning", "never"]) == status
+
+
+def test_standard_input_that_is_closed_is_one_sentence(
+    by_keyword: ScriptedBackend, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["check", "-"]) == USAGE
+    assert "Standard input is closed" in capsys.readouterr().err

@@ -107,6 +107,8 @@ def _read(texts: Sequence[str], lines: bool) -> list[str]:
 
 
 def _standard_input(lines: bool) -> list[str]:
+    if sys.stdin is None:  # where a script has closed it
+        raise click.UsageError("Standard input is closed: give the text as an argument, or open it.")
     try:
         text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -150,11 +152,13 @@ def _content(text: str, kind: ContentKind, context: str | None) -> Content:
 
 def _tool_call(text: str) -> Content:
     try:
-        call = json.loads(text)
-        name, arguments = call["name"], call.get("arguments", {})
-        if not isinstance(name, str) or not isinstance(arguments, dict):
+        call = dict(json.loads(text))
+        name = call.pop("name")
+        arguments = call.pop("arguments" if "arguments" in call else "args", {})
+        # Whatever else it says would go unjudged.
+        if not isinstance(name, str) or not isinstance(arguments, dict | str) or call.keys() - {"id", "type"}:
             raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise click.UsageError(
             'Expected a tool call as JSON, {"name": "...", "arguments": {...}}; the text is something else.'
         ) from None

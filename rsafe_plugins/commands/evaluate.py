@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -26,7 +27,7 @@ from rsafe_plugins.evaluation.fit import fit
 from rsafe_plugins.evaluation.formats import FORMATS, read_set
 from rsafe_plugins.evaluation.items import LabelledItem
 from rsafe_plugins.evaluation.run import judge, sample
-from rsafe_plugins.guard.fitted import OperatingPoint, write
+from rsafe_plugins.guard.fitted import OperatingPoint, read, write
 from rsafe_plugins.guard.settings import GuardSettings
 from rsafe_plugins.policy.files import choices
 from rsafe_plugins.policy.taxonomies import taxonomy_names
@@ -60,6 +61,7 @@ _COMPARABLE = (
     *(name for name in GuardSettings.model_fields if name not in ("on_error", "cache")),
     "document_policy",
 )
+_ERRORS_SAID = 3  # of those that made checks fail, the most frequent ones
 _SPEED_WINDOW = 900.0  # seconds; a batch can take minutes, and the time left needs several of them
 
 
@@ -211,8 +213,21 @@ def evaluate(
         raise click.UsageError(
             "--compare, --by and --report measure a guard: leave out --fit and --adherence."
         )
+    if fit_file and taxonomy:
+        raise click.UsageError("--fit and --adherence are two runs: leave one of them out.")
     if others and not taxonomy:
         raise click.UsageError("--others is for --adherence.")
+    if unsafe_share and not fit_file:
+        raise click.UsageError("--unsafe-share is for --fit.")
+    read_from = {Path(file.rpartition(":")[2]).resolve() for file in files}
+    for option, written in (("--verdicts", verdicts), ("--report", report_file), ("--fit", fit_file)):
+        if written is not None and written.resolve() in read_from:
+            raise click.UsageError(
+                f"{option} would write to {written}, which holds what is read or written, too."
+            )
+        read_from.update([written.resolve()] if written else [])
+    if fit_file is not None and fit_file.exists():
+        read(fit_file)  # one that can't be added to is found before anything is judged
     sets = _sets(files, limit)
     with _saying_how_to_go_on(verdicts):
         if fit_file is not None:
@@ -331,6 +346,8 @@ def _fit(
         modes["always"] = _guards(policy, document_policy, **{**settings, "reasoning": "always"})
     with _progress() as progress:
         judged = [_judge(progress, mode, items, mine, verdicts) for mode, mine in modes.items()]
+        if all(one.label is None for part in judged for one in part):
+            return GUARD_FAILED
         bare, thought = judged[0], judged[-1]
         points: dict[str, OperatingPoint] = {}
         lines = []
@@ -434,12 +451,16 @@ def _judge(
     verdicts: Path | None,
 ) -> list[Verdict]:
     bar = progress.add_task(title, total=len(items))
-    return judge(
+    judged = judge(
         items,
         lambda item: guards[item.task == "document"],
         verdicts,
         on_progress=lambda done: progress.update(bar, completed=done),
     )
+    for error, count in Counter(one.error for one in judged if one.error).most_common(_ERRORS_SAID):
+        said = common.printable(f"rsafe: {title}: {count} of {len(items)} checks failed: {error}")
+        progress.console.print(Text(said), soft_wrap=True)
+    return judged
 
 
 def _progress() -> Progress:

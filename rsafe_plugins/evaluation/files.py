@@ -73,8 +73,9 @@ def _json(path: Path, text: io.TextIOWrapper) -> Iterator[tuple[str, Row]]:
 def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: expected a JSON object ({error.msg}).") from error
+    except ValueError as error:  # also where a number has thousands of digits
+        said = error.msg if isinstance(error, json.JSONDecodeError) else "it can't be parsed"
+        raise DataError(f"{where}: expected a JSON object ({said}).") from error
     except RecursionError as error:
         raise DataError(f"{where}: expected a JSON object; this is nested too deep.") from error
 

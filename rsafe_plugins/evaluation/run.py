@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 from rsafe_plugins.errors import DataError
 from rsafe_plugins.evaluation.items import LabelledItem
 from rsafe_plugins.guard import Guard, Verdict
+
+_BEGINNING = b'{"key": "'  # of each line in a store
 
 
 def sample(items: Sequence[LabelledItem], limit: int | None, seed: int = 0) -> list[LabelledItem]:
@@ -64,13 +67,16 @@ def judge(
 
 
 def engine_identity(guard: Guard) -> str:
-    """The model's name; where a path names its weights, with what tells them from others of the same file name."""
+    """The model's name, with what tells it from others of that name: the files of its weights, or its server."""
     backend = guard.settings.backend
-    path = Path(backend.partition(":")[2]) if isinstance(backend, str) else Path()
-    if path == Path() or not path.exists():
+    where = backend.partition(":")[2] if isinstance(backend, str) else ""
+    path = Path(where)
+    seen: object = where
+    if where and path.exists():
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    elif "://" not in where:
         return guard.backend.model
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     digest = hashlib.blake2b(repr(seen).encode("utf-8"), digest_size=4).hexdigest()
     return f"{guard.backend.model}-{digest}"
 
@@ -93,20 +99,24 @@ def _key(item: LabelledItem, guard: Guard, engine: str) -> str:
 def _stored(store: Path | None) -> dict[str, Verdict]:
     if store is None or not store.exists():
         return {}
-    lines = store.read_text("utf-8").splitlines()
+    written = store.read_bytes()
+    whole, newline, rest = written.rpartition(b"\n")
+    # A run that was stopped while it wrote left a part of a line; that item is judged again.
+    if rest and not (rest.startswith(_BEGINNING) or _BEGINNING.startswith(rest)):
+        raise DataError(
+            f"{store} doesn't end as a file of stored verdicts does: name another one for --verdicts."
+        )
     known: dict[str, Verdict] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(whole.split(b"\n") if newline else (), 1):
         try:
             row = json.loads(line)
             known[row["key"]] = Verdict.model_validate(row["verdict"])
         except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):
-                # The run was stopped while it wrote its last line; that item is judged again.
-                store.write_text("".join(f"{line}\n" for line in lines[:-1]), "utf-8")
-                break
             raise DataError(
                 f"{store}, line {number}: expected a stored verdict ({type(error).__name__})."
             ) from error
+    if rest:
+        os.truncate(store, len(written) - len(rest))
     return known
 
 

@@ -14,6 +14,7 @@ from rsafe_plugins import Guard
 from rsafe_plugins.backends import Request
 from rsafe_plugins.cli import main
 from rsafe_plugins.commands import common
+from rsafe_plugins.errors import BackendError
 from rsafe_plugins.testing import ScriptedBackend
 
 
@@ -318,3 +319,54 @@ def test_a_run_that_was_ended_goes_on_from_its_verdicts(
     found = json.loads(done.stdout)
     assert (found["items"], found["failures"], found["false_positive_rate"]) == (40, 0, 0)
     assert [n for n in range(40) if f"text {n}." in asked] == list(range(16, 40))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--fit", "f.yaml", "--adherence", "mlcommons"], "leave one of them out"),
+        (["--unsafe-share", "0.5"], "--unsafe-share is for --fit"),
+        (["--report", "set.jsonl"], "--report would write to set.jsonl"),
+        (["--verdicts", "set.jsonl"], "--verdicts would write to set.jsonl"),
+        (["--verdicts", "v", "--report", "v"], "--report would write to v"),
+        (["--fit", "bad.yaml"], "can't be read"),
+    ],
+)
+def test_what_cannot_go_together_is_said_before_anything_is_judged(
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(data.parent)
+    before = data.read_bytes()
+    Path("bad.yaml").write_text("a: [")
+
+    def unused(**settings: Any) -> Guard:
+        raise AssertionError("nothing is to be judged")
+
+    monkeypatch.setattr(common, "make_guard", unused)
+    assert main(["eval", data.name, *options]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert data.read_bytes() == before
+
+
+@pytest.mark.parametrize("options", [[], ["--fit", "f.yaml"]], ids=["eval", "fit"])
+def test_why_all_checks_failed_is_said(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    def make(**settings: Any) -> Guard:
+        return Guard(backend=ScriptedBackend(BackendError("The engine is down.")), policy=settings["policy"])
+
+    monkeypatch.chdir(data.parent)
+    monkeypatch.setattr(common, "make_guard", make)
+    assert main(["eval", str(data), *options]) == 3
+    assert "4 of 4 checks failed: The engine is down." in capsys.readouterr().err
+
+
+def test_a_number_without_end_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "big.jsonl"
+    data.write_text('{"id": ' + "1" * 5000 + "}")
+    assert main(["eval", str(data)]) == 2
+    assert "line 1: expected a JSON object" in capsys.readouterr().err

@@ -94,11 +94,45 @@ def test_weights_of_the_same_file_name_are_told_apart_and_the_same_ones_are_know
     assert identity("first") != before
 
 
-def test_a_store_that_holds_something_else_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"hello\nworld\n", "line 1"),
+        (b"my notes", "name another one"),
+        (b'{"id": "1", "task": "prompt"}', "name another one"),
+        (b'{"id": "1", "task": "prompt"}\n', "line 1"),
+        (b"\xff\xfe{}\n", "line 1"),
+    ],
+)
+def test_a_store_that_holds_something_else_is_named_and_left_as_it_is(
+    tmp_path: Path, content: bytes, said: str
+) -> None:
     store = tmp_path / "verdicts.jsonl"
-    store.write_text("hello\nworld\n")
-    with pytest.raises(DataError, match="line 1"):
+    store.write_bytes(content)
+    with pytest.raises(DataError, match=said):
         judge(ITEMS, lambda item: Guard(backend=ScriptedBackend()), store)
+    assert store.read_bytes() == content
+
+
+def test_a_run_that_died_at_any_byte_goes_on(tmp_path: Path) -> None:
+    store = tmp_path / "verdicts.jsonl"
+    guard = Guard(backend=ScriptedBackend("\\boxed{safe}"))
+    judge(ITEMS[:2], lambda item: guard, store)
+    written = store.read_bytes()
+    first = written.index(b"\n") + 1
+    for end in range(first, len(written)):
+        store.write_bytes(written[:end])
+        backend = ScriptedBackend("\\boxed{safe}")
+        again = Guard(backend=backend)
+        judge(ITEMS[:2], lambda item, again=again: again, store)
+        assert len(backend.requests) == 1, end
+        assert store.read_bytes().startswith(written[:first])
+        assert store.read_bytes().count(b"\n") == 2
+
+
+def test_servers_with_models_of_the_same_name_are_told_apart() -> None:
+    ids = [engine_identity(Guard(backend=f"openai:http://localhost:{port}/v1#m")) for port in (1, 2, 1)]
+    assert ids[0] == ids[2] != ids[1]
 
 
 def test_a_sample_is_the_same_each_time_and_in_order() -> None:
