@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +28,10 @@ from rsafe_plugins.policy import Policy
 Reasoning = Literal["never", "always", "adaptive"]
 OnError = Literal["block", "allow", "raise"]
 
+log = logging.getLogger(__name__)
+
 _FILE = "rsafe.yaml"
+_PREFIX = "RSAFE_"
 
 
 class GuardSettings(BaseSettings):
@@ -66,7 +73,7 @@ class GuardSettings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="RSAFE_", yaml_file=_FILE, extra="forbid", frozen=True, arbitrary_types_allowed=True
+        env_prefix=_PREFIX, yaml_file=_FILE, extra="forbid", frozen=True, arbitrary_types_allowed=True
     )
 
     policy: Policy | str | Path = "rsafe-18"
@@ -127,12 +134,22 @@ class GuardSettings(BaseSettings):
             raise SettingsError(
                 f"{_FILE} is a directory, and must be a file of settings: replace or remove it."
             )
+        _say_what_is_misspelt(tuple(name for name in os.environ if name.upper().startswith(_PREFIX)))
         try:
             return cls(**{name: value for name, value in given.items() if value is not None})
         except ValidationError as error:
             raise SettingsError(_sentence(error, source)) from error
         except (yaml.YAMLError, UnicodeDecodeError, OSError, AttributeError, TypeError, ValueError) as error:
             raise SettingsError(f"{_FILE} can't be read as a mapping of settings: {error}") from error
+
+
+@cache  # said once
+def _say_what_is_misspelt(variables: Iterable[str]) -> None:
+    known = [f"{_PREFIX}{name.upper()}" for name in GuardSettings.model_fields]
+    for variable in variables:
+        near = difflib.get_close_matches(variable.upper(), known, n=1, cutoff=0.9)
+        if near and near[0] != variable.upper():
+            log.warning("The environment has %s, which sets nothing; %s would.", variable, near[0])
 
 
 def _sentence(error: ValidationError, source: str) -> str:

@@ -133,3 +133,14 @@ def test_a_name_that_is_no_text_is_said() -> None:
 def test_a_copy_of_a_guard_is_the_guard() -> None:
     mine = guard()
     assert copy.deepcopy({"guard": mine})["guard"] is mine
+
+
+@pytest.mark.parametrize(("variable", "meant"), [("RSAFE_TRESHOLD", "RSAFE_THRESHOLD"), ("RSAFE_HOME", "")])
+def test_a_variable_that_is_misspelt_is_said_once(
+    variable: str, meant: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(variable, "0.1")
+    for _ in range(2):
+        guard()
+    said = [record.getMessage() for record in caplog.records if variable in record.getMessage()]
+    assert said == ([f"The environment has {variable}, which sets nothing; {meant} would."] if meant else [])
