@@ -386,6 +386,7 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
         if refused := self._refused_call(request):
             return refused
         failure: Exception | None = None
+        self._silence_models(request)
         try:
             result = handler(request)
         except ParentCommand as error:
@@ -411,6 +412,7 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
         if refused := self._refused_call(request):
             return refused
         failure: Exception | None = None
+        self._silence_models(request)
         try:
             result = await handler(request)
         except ParentCommand as error:
@@ -424,6 +426,13 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
         verdicts = await acheck_many(self.guard, [part.content for part, _ in asked])
         judged: ToolMessage | Command[Any] = self._after_result(result, asked, verdicts, failure)
         return judged
+
+    def _silence_models(self, request: ToolCallRequest) -> None:
+        """Keeps the tokens of models that the tool asks out of streams: what it brings isn't judged yet."""
+        if self.check_tool_results:
+            # LangGraph runs the tool with this very mapping, which is the call's own, whatever the request says then.
+            config = request.runtime.config
+            config["tags"] = [*(config.get("tags") or ()), _NO_STREAM]
 
     def _refused_call(self, request: ToolCallRequest) -> ToolMessage | None:
         call = request.tool_call

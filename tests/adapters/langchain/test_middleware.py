@@ -488,6 +488,57 @@ async def test_no_stream_mode_and_no_checkpoint_holds_what_is_unsafe(
     assert not holds(CANARY, seen, saver, state, caplog.text, *runs.found)
 
 
+@tool
+async def ask_expert(question: str) -> str:
+    """Asks another model."""
+    return (await Model(replies=[said(BAD)]).ainvoke(question)).text
+
+
+@tool
+async def ask_agent(question: str) -> str:
+    """Asks another agent."""
+    state = await create_agent(Model(replies=[said(BAD)])).ainvoke({"messages": [("human", question)]})
+    return str(state["messages"][-1].text)
+
+
+@tool
+async def ask_guarded_agent(question: str) -> str:
+    """Asks another agent with a guard."""
+    state = await agent_of(said(BAD)).ainvoke({"messages": [("human", question)]})
+    return str(state["messages"][-1].text)
+
+
+@pytest.mark.parametrize(
+    ("asked", "subgraphs"),
+    [
+        (ask_expert, False),
+        (ask_expert, True),
+        (ask_agent, False),
+        (ask_guarded_agent, False),
+        (ask_guarded_agent, True),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+async def test_the_tokens_of_models_that_a_tool_asks_are_in_no_stream(asked: Any, subgraphs: bool) -> None:
+    replies = [said("", call(asked.name, question="What?")), said(ANSWER)]
+    seen = [
+        (event[1] if subgraphs else event)[0].text
+        async for event in agent_of(*replies, tools=[asked]).astream(
+            QUESTION, stream_mode="messages", subgraphs=subgraphs
+        )
+    ]
+    assert seen
+    assert not holds(CANARY, "".join(seen))
+
+
+@pytest.mark.parametrize("check_tool_results", [True, False])
+async def test_results_that_nobody_judges_stream_as_without_the_guard(check_tool_results: bool) -> None:
+    replies = [said("", call(ask_expert.name, question="What?")), said(ANSWER)]
+    agent = agent_of(*replies, tools=[ask_expert], check_tool_results=check_tool_results)
+    seen = [chunk.text async for chunk, _ in agent.astream(QUESTION, stream_mode="messages")]
+    assert holds(CANARY, "".join(seen)) != check_tool_results
+
+
 def test_the_leak_test_finds_leaks() -> None:
     """The same without the guard: were these not found, the test above would say nothing."""
     for mode in ("values", "updates", "messages"):
