@@ -30,6 +30,8 @@ _SECTIONS: dict[Rail, str] = {
     "tool_call": "tool_output",
     "tool_result": "tool_input",
 }
+# Sections whose flows NeMo runs, or refuses, in Colang 2.
+_READ_IN_COLANG_2: tuple[Rail, ...] = ("input", "output")
 _FLOW = re.compile(r"\s*([^$(]*?)\s*([$(].*)?", re.DOTALL)
 _POLICY = re.compile(r"""(?:\$policy\s*=|\(\s*\$?policy\s*=)\s*(["']?)([^"',$)\s]+)\1\s*\)?\s*""")
 
@@ -55,6 +57,15 @@ def policies_in(config: RailsConfig, rail: Rail) -> list[str | None]:
         SettingsError: One of our flows has another parameter.
     """
     return [_policy_in(flow) for flow in _flows(config, rail) if name_of(flow) == flow_of(rail)]
+
+
+def has_output_rail(config: RailsConfig) -> bool:
+    """Whether our rail judges answers; in Colang 2, where rails stand in code, whether that names it."""
+    if config.colang_version == "1.0":
+        return bool(policies_in(config, "output"))
+    name = flow_of("output")
+    flows = (flow for flow in config.flows if getattr(flow, "name", None) != name)
+    return any(name in str(getattr(flow, "source_code", "")) for flow in flows)
 
 
 def _flows(config: RailsConfig, rail: Rail) -> list[str]:
@@ -109,6 +120,11 @@ class RailGuards:
             SettingsError: It is none of them.
             PolicyError: The policy can't be found or read.
         """
+        in_code = config is not None and config.colang_version != "1.0"
+        if in_code and policy is not None and not (isinstance(policy, str) and policy.strip()):
+            raise SettingsError(
+                f"The flow '{flow_of(rail)}' takes a policy's name or path as $policy, not {policy!r}."
+            )
         given = policy if isinstance(policy, str) and not policy.startswith("$") else None
         if config is not None:
             named = policies_in(config, rail)
@@ -131,6 +147,15 @@ class RailGuards:
         for rail in RAILS:
             for flow in _flows(config, rail):
                 _check_place(name_of(flow), rail)
+                if (
+                    config.colang_version != "1.0"
+                    and rail not in _READ_IN_COLANG_2
+                    and name_of(flow) in _OURS
+                ):
+                    raise SettingsError(
+                        f"NeMo runs no flows of rails.{_SECTIONS[rail]} in Colang 2: await '{name_of(flow)}' in a flow "
+                        "of the app, as docs/nemo.md shows, and take it out there."
+                    )
             named = policies_in(config, rail)
             if len(named) > 1 and (None in named or len(set(named)) < len(named)):
                 raise SettingsError(

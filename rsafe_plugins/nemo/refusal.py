@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
 from nemoguardrails import LLMRails, RailsConfig
 
-from rsafe_plugins.nemo.guards import flow_of, name_of, policies_in
+from rsafe_plugins.nemo.guards import flow_of, has_output_rail, name_of
+
+log = logging.getLogger(__name__)
 
 REFUSE = "refuse to respond"
 """What the bot does in our flows."""
@@ -34,6 +37,9 @@ def refuse_in_streams(app: LLMRails) -> None:
     NeMo ends them with an error object, and its own chat shows that to the user. The object stays where the config
     has `enable_rails_exceptions`, which asks for such in whole answers too. Those of other rails, and of rails that
     broke, always stay.
+
+    In Colang 2 NeMo streams what an action gets from the model before any rail has judged it, and nothing else: there
+    our output rail lets nothing through.
     """
     if not isinstance(app.stream_async, _RefusingStreams):
         app.stream_async = _RefusingStreams(app, app.stream_async)
@@ -49,9 +55,22 @@ class _RefusingStreams:
     def __call__(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         stream = self._stream_async(*args, **kwargs)
         config = self._app.config
-        if config.enable_rails_exceptions or not policies_in(config, "output"):
+        if not has_output_rail(config):
+            return stream
+        if config.colang_version != "1.0":
+            return _held(stream)
+        if config.enable_rails_exceptions:
             return stream
         return _refusing(stream, refusal_of(config))
+
+
+async def _held(stream: Any) -> AsyncIterator[Any]:
+    """Nothing of the stream, which is read to its end."""
+    async with aclosing(stream):
+        async for chunk in stream:
+            log.debug("Held back %d characters of a stream that no rail has judged.", len(str(chunk)))
+    return
+    yield  # so that it is a generator
 
 
 async def _refusing(stream: Any, refusal: str) -> AsyncIterator[Any]:

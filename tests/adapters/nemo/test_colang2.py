@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from nemoguardrails import LLMRails, RailsConfig
+from nemoguardrails.types import LLMResponseChunk
 from support.nemo import ANSWER, REFUSAL, SAFE, THOUGHT, UNSAFE, MainModel, judged, unsafe_where, user
 
 from rsafe_plugins.backends import Backend, Request
-from rsafe_plugins.errors import BackendError
+from rsafe_plugins.errors import BackendError, SettingsError
 from rsafe_plugins.testing import ScriptedBackend
 
 IMPORTS = "import core\nimport guardrails\nimport rsafe_plugins.rails\n"
@@ -27,13 +30,15 @@ flow main
 """
 
 
-def build(backend: Backend, flows: str = CHAT, *, more: str = "", **settings: object) -> LLMRails:
+def build(
+    backend: Backend, flows: str = CHAT, *, more: str = "", main: MainModel | None = None, **settings: object
+) -> LLMRails:
     config = RailsConfig.from_content(
         colang_content=IMPORTS + flows,
         yaml_content=f'colang_version: "2.x"\nmodels: []\nimport_paths: [rsafe_plugins/rails]\n{more}',
     )
     config.custom_data["rsafe"] = {"backend": backend, **settings}
-    return LLMRails(config, llm=MainModel())
+    return LLMRails(config, llm=main or MainModel())
 
 
 async def reply(app: LLMRails, text: str = "How is the sea?") -> str:
@@ -244,5 +249,57 @@ async def test_nothing_that_was_blocked_is_streamed(on: bool) -> None:
     app.config.rails.output.streaming.enabled = on
     app.config.rails.output.streaming.stream_first = False
     streamed = "".join([chunk async for chunk in app.stream_async(messages=[user("How is the sea?")])])
-    print("STREAMED", streamed)
     assert ANSWER not in streamed
+
+
+PASSTHROUGH = """
+flow chat
+  user said something as $said
+  $answer = await PassthroughLLMAction(user_message=$said.transcript)
+  bot say $answer
+
+flow main
+  activate chat
+  match Never()
+"""
+RAILS = CHAT.partition("flow main")[0]
+
+
+class Streaming(MainModel):
+    async def stream_async(self, prompt: Any, **options: Any) -> AsyncIterator[LLMResponseChunk]:
+        for word in ("This ", "is ", "BAD."):
+            yield LLMResponseChunk(delta_content=word)
+
+
+@pytest.mark.parametrize("reply", [UNSAFE, "garbage", SAFE])
+@pytest.mark.parametrize("rails", [RAILS, RAILS.partition("flow output")[0]], ids=["both", "input alone"])
+async def test_what_an_action_streams_before_any_rail_is_held_where_answers_are_judged(
+    reply: str, rails: str
+) -> None:
+    backend = ScriptedBackend(lambda request: reply if "BAD" in str(request) else SAFE)
+    app = build(backend, rails + PASSTHROUGH, main=Streaming())
+    streamed = "".join([chunk async for chunk in app.stream_async(messages=[user("Hi.")])])
+    assert streamed == ("" if rails == RAILS else "This is BAD.")
+
+
+@pytest.mark.parametrize(
+    ("section", "flow"),
+    [
+        ("retrieval", "rsafe check retrieval"),
+        ("tool_output", "rsafe check tool call"),
+        ("tool_input", "rsafe check tool result"),
+    ],
+)
+def test_sections_that_nemo_does_not_read_in_colang_2_stop_the_app(section: str, flow: str) -> None:
+    with pytest.raises(RuntimeError) as stopped:
+        build(ScriptedBackend(SAFE), more=f"rails: {{{section}: {{flows: [{flow}]}}}}")
+    assert isinstance(stopped.value.__cause__, SettingsError)
+    assert f"no flows of rails.{section} in Colang 2: await '{flow}'" in str(stopped.value.__cause__)
+
+
+@pytest.mark.parametrize("policy", ['["mlcommons"]', '""', "7", '"nonsense"'])
+async def test_what_is_no_policy_lets_nothing_through(policy: str) -> None:
+    backend = ScriptedBackend(SAFE)
+    flows = CHAT.replace("rsafe check input", f"rsafe check input $policy={policy}")
+    assert await reply(build(backend, flows)) != ANSWER
+    assert backend.requests == []
