@@ -32,6 +32,7 @@ _SECTIONS: dict[Rail, str] = {
 }
 # Sections whose flows NeMo runs, or refuses, in Colang 2.
 _READ_IN_COLANG_2: tuple[Rail, ...] = ("input", "output")
+_CHECKS_OUTPUT = re.compile(r"rsafe\s+check\s+output|RsafeCheckOutputAction")
 _FLOW = re.compile(r"\s*([^$(]*?)\s*([$(].*)?", re.DOTALL)
 _POLICY = re.compile(r"""(?:\$policy\s*=|\(\s*\$?policy\s*=)\s*(["']?)([^"',$)\s]+)\1\s*\)?\s*""")
 
@@ -61,11 +62,10 @@ def policies_in(config: RailsConfig, rail: Rail) -> list[str | None]:
 
 def has_output_rail(config: RailsConfig) -> bool:
     """Whether our rail judges answers; in Colang 2, where rails stand in code, whether that names it."""
-    if config.colang_version == "1.0":
+    if policies_in(config, "output") or config.colang_version == "1.0":
         return bool(policies_in(config, "output"))
-    name = flow_of("output")
-    flows = (flow for flow in config.flows if getattr(flow, "name", None) != name)
-    return any(name in str(getattr(flow, "source_code", "")) for flow in flows)
+    flows = (flow for flow in config.flows if getattr(flow, "name", None) != flow_of("output"))
+    return any(_CHECKS_OUTPUT.search(str(getattr(flow, "source_code", ""))) for flow in flows)
 
 
 def _flows(config: RailsConfig, rail: Rail) -> list[str]:

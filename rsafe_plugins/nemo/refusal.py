@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
@@ -12,12 +11,14 @@ from nemoguardrails import LLMRails, RailsConfig
 
 from rsafe_plugins.nemo.guards import flow_of, has_output_rail, name_of
 
-log = logging.getLogger(__name__)
-
 REFUSE = "refuse to respond"
 """What the bot does in our flows."""
 
 _DEFAULT = "I'm sorry, I can't respond to that."  # NeMo's own
+_FAILURES = ("generation_error", "downstream_error")
+_FAILED = json.dumps(
+    {"error": {"message": "The answer failed.", "type": "generation_error", "param": "", "code": ""}}
+)
 
 
 def refusal_of(config: RailsConfig) -> str:
@@ -65,12 +66,11 @@ class _RefusingStreams:
 
 
 async def _held(stream: Any) -> AsyncIterator[Any]:
-    """Nothing of the stream, which is read to its end."""
+    """Nothing of the stream but that it failed."""
     async with aclosing(stream):
         async for chunk in stream:
-            log.debug("Held back %d characters of a stream that no rail has judged.", len(str(chunk)))
-    return
-    yield  # so that it is a generator
+            if _error(chunk).get("type") in _FAILURES:
+                yield _FAILED
 
 
 async def _refusing(stream: Any, refusal: str) -> AsyncIterator[Any]:
@@ -86,15 +86,20 @@ async def _refusing(stream: Any, refusal: str) -> AsyncIterator[Any]:
 
 def _is_block(chunk: object) -> bool:
     """Whether it is the object that says that our rail has blocked."""
-    if not isinstance(chunk, str) or not chunk.startswith('{"error"'):
-        return False
-    try:
-        error = json.loads(chunk)["error"]
-    except ValueError:
-        return False
+    error = _error(chunk)
     return (
-        isinstance(error, Mapping)
-        and error.get("type") == "guardrails_violation"
+        error.get("type") == "guardrails_violation"
         and error.get("code") == "content_blocked"
         and name_of(str(error.get("param"))) == flow_of("output")
     )
+
+
+def _error(chunk: object) -> Mapping[str, Any]:
+    """What an error object of a stream says; nothing for any other chunk."""
+    if not isinstance(chunk, str) or not chunk.startswith('{"error"'):
+        return {}
+    try:
+        error = json.loads(chunk)["error"]
+    except ValueError:
+        return {}
+    return error if isinstance(error, Mapping) else {}

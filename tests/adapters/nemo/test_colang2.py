@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import AsyncIterator
 from typing import Any
@@ -272,14 +273,30 @@ class Streaming(MainModel):
 
 
 @pytest.mark.parametrize("reply", [UNSAFE, "garbage", SAFE])
-@pytest.mark.parametrize("rails", [RAILS, RAILS.partition("flow output")[0]], ids=["both", "input alone"])
+@pytest.mark.parametrize(
+    "rails",
+    [RAILS, RAILS.replace("check output", "check  output"), RAILS.partition("flow output")[0]],
+    ids=["both", "spaced", "input alone"],
+)
 async def test_what_an_action_streams_before_any_rail_is_held_where_answers_are_judged(
     reply: str, rails: str
 ) -> None:
     backend = ScriptedBackend(lambda request: reply if "BAD" in str(request) else SAFE)
     app = build(backend, rails + PASSTHROUGH, main=Streaming())
     streamed = "".join([chunk async for chunk in app.stream_async(messages=[user("Hi.")])])
-    assert streamed == ("" if rails == RAILS else "This is BAD.")
+    assert streamed == ("" if "flow output" in rails else "This is BAD.")
+
+
+async def test_a_held_stream_still_says_that_it_failed() -> None:
+    class Down(MainModel):
+        async def stream_async(self, prompt: Any, **options: Any) -> AsyncIterator[LLMResponseChunk]:
+            raise RuntimeError("BAD things in a message")
+            yield
+
+    app = build(ScriptedBackend(SAFE), RAILS + PASSTHROUGH, main=Down())
+    streamed = [chunk async for chunk in app.stream_async(messages=[user("Hi.")])]
+    assert [json.loads(chunk)["error"]["type"] for chunk in streamed] == ["generation_error"]
+    assert "BAD" not in str(streamed)
 
 
 @pytest.mark.parametrize(
