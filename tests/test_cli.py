@@ -177,6 +177,19 @@ class TestCheckUsage:
                 "Expected a tool call as JSON",
             ),
             (["--kind", "tool_call", "[" * 100_000], "Expected a tool call as JSON"),
+            (
+                ["--kind", "tool_call", '{"name": "run", "args": {"a": "x"}, "args": {}}'],
+                "Expected a tool call",
+            ),
+            (
+                ["--kind", "tool_call", '{"name": "run", "args": {"a": "x", "a": "y"}}'],
+                "Expected a tool call",
+            ),
+            (["--kind", "tool_call", '[["name", "x"], ["name", "y"]]'], "Expected a tool call"),
+            (
+                ["--kind", "tool_call", '{"name": "run", "args": {}, "id": {"a": "x"}}'],
+                "Expected a tool call",
+            ),
             (["hello", "--policy", "no-such-policy"], "no-such-policy"),
             (["hello", "--policy", "/nowhere/policy.yaml"], "/nowhere/policy.yaml"),
             (["hello", "--template", "/nowhere/template.jinja"], "/nowhere/template.jinja"),

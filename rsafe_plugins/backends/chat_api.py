@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 
 from rsafe_plugins.backends.base import Request, Usage
 from rsafe_plugins.backends.spelling import log_sum
+from rsafe_plugins.errors import BackendError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,11 +182,19 @@ def scoring_body(request: Request, prefill: str, skills: Skills) -> dict[str, An
 
 
 def generated(choice: Choice, prefill: str, *, repeats: bool) -> str | None:
-    """What the model generated after the prefill; None where the answer doesn't hold it."""
+    """What the model generated after the prefill; None where the answer doesn't hold it.
+
+    Raises:
+        BackendError: Where its thought ends can't be told.
+    """
     content, thought = choice.message.content, choice.message.reasoning_content or choice.message.reasoning
     if thought:
         if _CLOSED.search(thought):
-            return None  # what follows in it would be read as the answer
+            # What follows in it would be read as the answer.
+            raise BackendError(
+                "The server took out a thought that closes itself, so that its answer can't be told from it: serve the "
+                "model without a reasoning parser."
+            )
         # A server with a reasoning parser takes the thought out of the answer. The guard reads answers strictly
         # and must see all that was generated, so it is put back; closed only where an answer follows, since a
         # thought that ran into its budget never was.

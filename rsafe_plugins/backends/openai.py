@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import math
 import os
@@ -13,7 +12,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -148,16 +147,18 @@ class OpenAIBackend(Backend):
             BackendUnavailable: It was closed, or the package `openai` isn't installed.
         """
         pool = self._pool_of_this_loop()
-        if self._is_full(pool):
+        if len(pool.tasks) >= self.concurrency + self._queue:
             refusal = BackendUnavailable(
                 f"The queue is full: {self._queue} requests wait for the server already. Send fewer at once, raise "
                 "`queue`, or add servers."
             )
             return [refusal] * len(requests)
-        return await asyncio.gather(*(self._answer(pool, request) for request in requests))
-
-    def _is_full(self, pool: _Pool) -> bool:
-        return pool.gate.locked() and pool.waiting >= self._queue
+        tasks = [asyncio.create_task(self._answer(pool, request)) for request in requests]
+        pool.tasks.update(tasks)
+        for task in tasks:
+            task.add_done_callback(pool.tasks.discard)
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        return [_result(one, closed=pool.closed) for one in ended]
 
     async def aclose(self) -> None:
         """Closes the connections; requests under way end with `BackendUnavailable`."""
@@ -200,26 +201,11 @@ class OpenAIBackend(Backend):
             asyncio.Semaphore(self.concurrency),
         )
 
-    async def _answer(self, pool: _Pool, request: Request) -> Completion | BackendError:
-        if pool.closed:
-            return _closed()
-        task = asyncio.current_task()
-        assert task is not None
-        pool.tasks.add(task)
-        try:
-            for text in (*(m.content for m in request.messages), request.prefill, *request.candidates):
-                check_text(text)
-            async with pool.turn():
-                return await self._with_failover(pool, lambda server: self._complete(server, request))
-        except BackendError as error:
-            return error
-        except asyncio.CancelledError:
-            # By `aclose`, which uncancels nothing: the task is one of ours and ends here.
-            if pool.closed:
-                return _closed()
-            raise
-        finally:
-            pool.tasks.discard(task)
+    async def _answer(self, pool: _Pool, request: Request) -> Completion:
+        for text in (*(m.content for m in request.messages), request.prefill, *request.candidates):
+            check_text(text)
+        async with pool.gate:
+            return await self._with_failover(pool, lambda server: self._complete(server, request))
 
     async def _with_failover(self, pool: _Pool, work: Callable[[_Server], Awaitable[T]]) -> T:
         """The work's result from the best server, from another one where that is safe and of use."""
@@ -265,7 +251,7 @@ class OpenAIBackend(Backend):
     async def _probe(self, server: _Server) -> Skills:
         if self._given_model is None:
             self._given_model = self.model = await self._only_model(server)
-        broke_over: Skills | None = None
+        broke_over: list[Skills] = []
         for skills in _WAYS_OF_ASKING:
             try:
                 proven = await self._try(server, skills)
@@ -274,13 +260,16 @@ class OpenAIBackend(Backend):
                 if isinstance(error, _Passing):
                     if error.status not in (500, 501):
                         raise
-                    broke_over = broke_over or skills
+                    broke_over.append(skills)
                 refusal = error
                 continue
-            if broke_over is not None:
-                # Or it was broken just then, and would be taken for one that can do less as long as we live.
-                with contextlib.suppress(_Refused, _Passing):
-                    return await self._try(server, broke_over)
+            # Or it was broken just then, and would be taken for one that can do less as long as we live.
+            for better in broke_over:
+                try:
+                    return await self._try(server, better)
+                except (_Refused, _Passing) as error:
+                    if isinstance(error, _Passing) and error.status not in (500, 501):
+                        raise
             return proven
         raise refusal
 
@@ -418,8 +407,8 @@ class OpenAIBackend(Backend):
         # The SDK's errors hold the request with its key and the server's words about the prompt, so none of
         # them becomes the cause of ours.
         try:
-            # The SDK's own timeout is that of each piece, so that an answer that drips would take for ever.
-            async with asyncio.timeout(self._timeout):
+            # The SDK's own timeouts are of connecting and of each piece: an answer that drips would take for ever.
+            async with asyncio.timeout(self._connect_timeout + self._timeout):
                 received = await send()
         except TimeoutError:
             failure: Exception = self._too_slow(server)
@@ -578,7 +567,6 @@ class _Pool:
 
     servers: list[_Server]
     gate: asyncio.Semaphore
-    waiting: int = 0
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     closed: bool = False
 
@@ -588,19 +576,6 @@ class _Pool:
         return min(
             self.servers, key=lambda one: (id(one) in tried, max(0.0, one.aside_until - now), one.busy)
         )
-
-    @contextlib.asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """A place among the requests under way."""
-        self.waiting += 1
-        try:
-            await self.gate.acquire()
-        finally:
-            self.waiting -= 1
-        try:
-            yield
-        finally:
-            self.gate.release()
 
     async def close(self) -> None:
         self.closed = True
@@ -670,6 +645,15 @@ def _http_errors() -> tuple[type[Exception], ...]:
     """What the SDK's HTTP library raises, which has been httpx and httpx2."""
     loaded = (sys.modules.get(name) for name in ("httpx", "httpx2"))
     return tuple(library.HTTPError for library in loaded if library is not None)
+
+
+def _result(ended: Completion | BaseException, *, closed: bool) -> Completion | BackendError:
+    """What a request's task came to; those that `aclose` has cancelled are answered, too."""
+    if closed and isinstance(ended, asyncio.CancelledError):
+        return _closed()
+    if isinstance(ended, Completion | BackendError):
+        return ended
+    raise ended
 
 
 def _closed() -> BackendUnavailable:

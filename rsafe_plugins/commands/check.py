@@ -152,17 +152,27 @@ def _content(text: str, kind: ContentKind, context: str | None) -> Content:
 
 def _tool_call(text: str) -> Content:
     try:
-        call = dict(json.loads(text))
+        call = json.loads(text, object_pairs_hook=_each_once)
         name = call.pop("name")
         arguments = call.pop("arguments" if "arguments" in call else "args", {})
+        form = [call.pop("id", None), call.pop("type", None)]
         # Whatever else it says would go unjudged.
-        if not isinstance(name, str) or not isinstance(arguments, dict | str) or call.keys() - {"id", "type"}:
+        if call or not isinstance(name, str) or not isinstance(arguments, dict | str):
             raise TypeError
-    except (ValueError, KeyError, TypeError, RecursionError):
+        if not all(value is None or isinstance(value, str) for value in form):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise click.UsageError(
             'Expected a tool call as JSON, {"name": "...", "arguments": {...}}; the text is something else.'
         ) from None
     return Content.tool_call(name, arguments)
+
+
+def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that it has twice one value would go unjudged."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError
+    return dict(pairs)
 
 
 def _print_verdicts(

@@ -219,7 +219,8 @@ def evaluate(
         raise click.UsageError("--others is for --adherence.")
     if unsafe_share and not fit_file:
         raise click.UsageError("--unsafe-share is for --fit.")
-    read_from = {Path(file.rpartition(":")[2]).resolve() for file in files}
+    named = [one for file in files for one in (file, file.partition(":")[2]) if one]
+    read_from = {Path(one).resolve() for one in named}
     for option, written in (("--verdicts", verdicts), ("--report", report_file), ("--fit", fit_file)):
         if written is not None and written.resolve() in read_from:
             raise click.UsageError(
@@ -339,8 +340,10 @@ def _fit(
     items = [item for part in sets.values() for item in part]
     categories = settings["category_threshold"] or 0.0
     # A guard that can't be asked so says it here; what is fitted is the verdict before it.
-    _guards(policy, document_policy, **{**settings, "reasoning": "never"})
+    asked = _guards(policy, document_policy, **{**settings, "reasoning": "never"})
     settings = {**settings, "category_threshold": 0.0}
+    if isinstance(asked[False].settings.threshold, Path):
+        settings["threshold"] = 0.5  # it may hold nothing of this model yet
     modes = {"never": _guards(policy, document_policy, **{**settings, "reasoning": "never"})}
     if settings["reasoning"] is None and modes["never"][False].dialect.thought is not None:
         modes["always"] = _guards(policy, document_policy, **{**settings, "reasoning": "always"})

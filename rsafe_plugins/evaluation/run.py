@@ -36,7 +36,7 @@ def judge(
     Args:
         items: What is judged.
         guard_for: The guard for an item; documents are judged under another policy than prompts.
-        store: A JSON Lines file that every verdict is appended to as soon as it is there. Items that it holds
+        store: A JSON Lines file that every verdict is appended to after each batch. Items that it holds
             already, judged with the same settings, are not judged again.
         batch: Items a call of the guard.
         on_progress: Called with the number of items that are done.
@@ -67,7 +67,10 @@ def judge(
 
 
 def engine_identity(guard: Guard) -> str:
-    """The model's name, with what tells it from others of that name: the files of its weights, or its server."""
+    """The model's name, with what tells it from others of that name, where the settings say so.
+
+    That is its weights' files, or the addresses of its servers. A backend object counts by its model's name alone.
+    """
     backend = guard.settings.backend
     where = backend.partition(":")[2] if isinstance(backend, str) else ""
     path = Path(where)
@@ -101,13 +104,17 @@ def _stored(store: Path | None) -> dict[str, Verdict]:
         return {}
     written = store.read_bytes()
     whole, newline, rest = written.rpartition(b"\n")
+    lines = whole.split(b"\n") if newline else []
     # A run that was stopped while it wrote left a part of a line; that item is judged again.
-    if rest and not (rest.startswith(_BEGINNING) or _BEGINNING.startswith(rest)):
+    is_cut_off = bool(rest) and not _is_json(rest)
+    if is_cut_off and not (rest.startswith(_BEGINNING) or _BEGINNING.startswith(rest)):
         raise DataError(
             f"{store} doesn't end as a file of stored verdicts does: name another one for --verdicts."
         )
+    if rest and not is_cut_off:
+        lines.append(rest)
     known: dict[str, Verdict] = {}
-    for number, line in enumerate(whole.split(b"\n") if newline else (), 1):
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             known[row["key"]] = Verdict.model_validate(row["verdict"])
@@ -115,9 +122,20 @@ def _stored(store: Path | None) -> dict[str, Verdict]:
             raise DataError(
                 f"{store}, line {number}: expected a stored verdict ({type(error).__name__})."
             ) from error
-    if rest:
+    if is_cut_off:
         os.truncate(store, len(written) - len(rest))
+    elif rest:
+        with store.open("ab") as file:
+            file.write(b"\n")
     return known
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_whole(verdict: Verdict, item: LabelledItem, guard: Guard) -> bool:

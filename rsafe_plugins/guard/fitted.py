@@ -21,17 +21,17 @@ from rsafe_plugins.errors import SettingsError
 from rsafe_plugins.policy import Policy
 
 
-def _no_switch(value: Any) -> Any:
+def _refuse_bool(value: Any) -> Any:
     """Refuses `true` and YAML's `yes`, which would be taken for 1."""
     if isinstance(value, bool):
         raise ValueError("must be a number")
     return value
 
 
-Number = BeforeValidator(_no_switch)
-Probability = Annotated[float, Field(ge=0.0, le=1.0), Number]
+NotBool = BeforeValidator(_refuse_bool)
+Probability = Annotated[float, Field(ge=0.0, le=1.0), NotBool]
 # At 1 nothing would fit well enough, and everything would be let through.
-CategoryThreshold = Annotated[float, Field(ge=0.0, lt=1.0), Number]
+CategoryThreshold = Annotated[float, Field(ge=0.0, lt=1.0), NotBool]
 
 PACKAGED = Path(__file__).parent / "data" / "fitted.yaml"
 

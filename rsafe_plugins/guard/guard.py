@@ -47,7 +47,7 @@ _LEAST_MASS = 0.5
 _START_SECONDS = 900.0
 # From so many characters on a content takes milliseconds to be made a prompt.
 _LARGE = 50_000
-# Characters of a text that stand for any text: what it belongs to must fit beside them.
+# A prompt, query or tool's name of so few characters is never too long by itself.
 _SHORT = 200
 
 _COMPARED: tuple[ContentKind, ...] = ("prompt", "response")
@@ -378,11 +378,13 @@ class Guard:
 
     async def _refuse_long_contexts(self, checks: Sequence[_Check]) -> None:
         """Fails those whose context alone is too long, which in parts would be found out again for each part."""
-        tried = [check for check in checks if len(check.content.context) > _SHORT]
-        parts = [await self._part(check, (0, _SHORT)) for check in tried]
-        await self._decide(parts)
-        for check, part in zip(tried, parts, strict=True):
-            if isinstance(part.error, InputTooLong):
+        tried = [c for c in checks if len(c.content.context) > _SHORT and c.content.size <= MOST_CHARACTERS]
+        # Not with a part of the text, which could be one that takes many tokens.
+        alone = [await self._begin(replace(check.content, text="."), check.policy) for check in tried]
+        await self._decide(alone)
+        for check, one in zip(tried, alone, strict=True):
+            check.usage += one.usage
+            if isinstance(one.error, InputTooLong):
                 check.error = BackendError(
                     f"What the {check.content.kind} belongs to (its prompt, query or tool) is too long for the "
                     f"engine's context, with {len(check.content.context)} characters: leave some of it out, or use "

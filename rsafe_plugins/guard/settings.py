@@ -6,7 +6,7 @@ import difflib
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,7 +22,7 @@ from pydantic_settings import (
 
 from rsafe_plugins.backends import Backend
 from rsafe_plugins.errors import SettingsError
-from rsafe_plugins.guard.fitted import Band, CategoryThreshold, Number, Probability
+from rsafe_plugins.guard.fitted import Band, CategoryThreshold, NotBool, Probability
 from rsafe_plugins.policy import Policy
 
 Reasoning = Literal["never", "always", "adaptive"]
@@ -82,12 +82,12 @@ class GuardSettings(BaseSettings):
     threshold: Probability | Path | None = None
     band: Band | None = None
     category_threshold: CategoryThreshold | None = None
-    max_reasoning_tokens: Annotated[int, Number] = Field(default=256, ge=1)
-    timeout: Annotated[float, Number] = Field(default=60.0, gt=0)
+    max_reasoning_tokens: Annotated[int, NotBool] = Field(default=256, ge=1)
+    timeout: Annotated[float, NotBool] = Field(default=60.0, gt=0)
     on_error: OnError = "block"
-    cache: Annotated[float, Number] = Field(default=0.0, ge=0)
+    cache: Annotated[float, NotBool] = Field(default=0.0, ge=0)
     name_categories: bool = True
-    policy_tokens: Annotated[int, Number] = Field(default=2000, ge=100)
+    policy_tokens: Annotated[int, NotBool] = Field(default=2000, ge=100)
     dialect: str | Path | None = None
     template: Path | None = None
 
@@ -143,8 +143,8 @@ class GuardSettings(BaseSettings):
             raise SettingsError(f"{_FILE} can't be read as a mapping of settings: {error}") from error
 
 
-@cache  # said once
-def _say_what_is_misspelt(variables: Iterable[str]) -> None:
+@cache  # once for the same variables
+def _say_what_is_misspelt(variables: tuple[str, ...]) -> None:
     known = [f"{_PREFIX}{name.upper()}" for name in GuardSettings.model_fields]
     for variable in variables:
         near = difflib.get_close_matches(variable.upper(), known, n=1, cutoff=0.9)

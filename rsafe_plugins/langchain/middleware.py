@@ -429,7 +429,7 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
 
     def _silence_models(self, request: ToolCallRequest) -> None:
         """Keeps the tokens of models that the tool asks out of streams: what it brings isn't judged yet."""
-        if self.check_tool_results:
+        if self.check_tool_results and request.runtime is not None:
             # LangGraph runs the tool with this very mapping, which is the call's own, whatever the request says then.
             config = request.runtime.config
             config["tags"] = [*(config.get("tags") or ()), _NO_STREAM]

@@ -62,8 +62,9 @@ def policies_in(config: RailsConfig, rail: Rail) -> list[str | None]:
 
 def has_output_rail(config: RailsConfig) -> bool:
     """Whether our rail judges answers; in Colang 2, where rails stand in code, whether that names it."""
-    if policies_in(config, "output") or config.colang_version == "1.0":
-        return bool(policies_in(config, "output"))
+    is_named = bool(policies_in(config, "output"))
+    if is_named or config.colang_version == "1.0":
+        return is_named
     flows = (flow for flow in config.flows if getattr(flow, "name", None) != flow_of("output"))
     return any(_CHECKS_OUTPUT.search(str(getattr(flow, "source_code", ""))) for flow in flows)
 
@@ -125,7 +126,7 @@ class RailGuards:
             raise SettingsError(
                 f"The flow '{flow_of(rail)}' takes a policy's name or path as $policy, not {policy!r}."
             )
-        given = policy if isinstance(policy, str) and not policy.startswith("$") else None
+        given = policy if isinstance(policy, str) and (in_code or not policy.startswith("$")) else None
         if config is not None:
             named = policies_in(config, rail)
             if len(named) > 1 and given not in named:

@@ -40,14 +40,14 @@ def refuse_in_streams(app: LLMRails) -> None:
     broke, always stay.
 
     In Colang 2 NeMo streams what an action gets from the model before any rail has judged it, and nothing else: there
-    our output rail lets nothing through.
+    our output rail lets nothing through but that it failed.
     """
     if not isinstance(app.stream_async, _RefusingStreams):
         app.stream_async = _RefusingStreams(app, app.stream_async)
 
 
 class _RefusingStreams:
-    """An app's `stream_async`, with our refusal in the place of NeMo's error object."""
+    """An app's `stream_async`, with our refusal in the place of NeMo's error object, and nothing unjudged."""
 
     def __init__(self, app: LLMRails, stream_async: Callable[..., AsyncIterator[Any]]) -> None:
         self._app = app
@@ -59,17 +59,18 @@ class _RefusingStreams:
         if not has_output_rail(config):
             return stream
         if config.colang_version != "1.0":
-            return _held(stream)
+            return _failures_of(stream)
         if config.enable_rails_exceptions:
             return stream
         return _refusing(stream, refusal_of(config))
 
 
-async def _held(stream: Any) -> AsyncIterator[Any]:
+async def _failures_of(stream: Any) -> AsyncIterator[Any]:
     """Nothing of the stream but that it failed."""
     async with aclosing(stream):
         async for chunk in stream:
-            if _error(chunk).get("type") in _FAILURES:
+            text = chunk.get("text") if isinstance(chunk, Mapping) else chunk
+            if _error(text).get("type") in _FAILURES:
                 yield _FAILED
 
 

@@ -37,7 +37,8 @@ class StreamingServer:
 
     Args:
         pieces: What it sends, one after the other.
-        then: `end` ends the answer, `drop` the connection in its middle, `wait` waits until the client leaves.
+        then: `end` ends the answer, `drop` the connection in its middle, `wait` waits until the client leaves,
+            `drip` takes its time with each piece.
         kind: The content type that it claims.
     """
 
@@ -72,6 +73,8 @@ class StreamingServer:
         head = f"HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n"
         writer.write(head.encode())
         for piece in pieces:
+            if self.then == "drip":
+                await asyncio.sleep(0.05)
             writer.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
             await writer.drain()
         if ends:
@@ -217,7 +220,7 @@ async def test_a_thought_that_closes_itself_ends_no_stream() -> None:
     answer = await answer_of(server)
 
     assert isinstance(answer, BackendError)
-    assert "no answer of OpenAI's chat API" in str(answer)
+    assert "a thought that closes itself" in str(answer)
 
 
 async def test_a_last_piece_that_was_filtered_is_no_verdict() -> None:
@@ -241,8 +244,9 @@ async def test_pieces_of_another_answer_are_left_out() -> None:
 
 
 async def test_a_stream_that_drips_ends_with_the_timeout() -> None:
-    server = StreamingServer([event("<think>")], "wait")
+    server = StreamingServer([event("<think>"), *[b": still there\n\n"] * 999], "drip")
 
-    answer = await answer_of(server, timeout=0.5)
+    async with asyncio.timeout(10):
+        answer = await answer_of(server, timeout=0.3, connect_timeout=0.3)
 
     assert isinstance(answer, BackendTimeout)

@@ -370,3 +370,13 @@ def test_a_number_without_end_is_one_sentence(tmp_path: Path, capsys: pytest.Cap
     data.write_text('{"id": ' + "1" * 5000 + "}")
     assert main(["eval", str(data)]) == 2
     assert "line 1: expected a JSON object" in capsys.readouterr().err
+
+
+def test_a_model_is_fitted_into_the_file_that_the_settings_name(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted = tmp_path / "fitted.yaml"
+    fitted.write_text("another: {rsafe-18: {threshold: 0.2}}\n")
+    monkeypatch.setenv("RSAFE_THRESHOLD", str(fitted))
+    assert main(["eval", str(data), "--fit", str(fitted), "--reasoning", "never"]) == 0
+    assert main(["eval", str(data), "--reasoning", "never"]) == 0

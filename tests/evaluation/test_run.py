@@ -99,7 +99,9 @@ def test_weights_of_the_same_file_name_are_told_apart_and_the_same_ones_are_know
     [
         (b"hello\nworld\n", "line 1"),
         (b"my notes", "name another one"),
-        (b'{"id": "1", "task": "prompt"}', "name another one"),
+        (b'{"id": "1", "task": "prompt"}', "line 1"),
+        (b'{"key": "1", "prompt": "mine"}', "line 1"),
+        (b'{"id": "1", "task": "pro', "name another one"),
         (b'{"id": "1", "task": "prompt"}\n', "line 1"),
         (b"\xff\xfe{}\n", "line 1"),
     ],
@@ -125,7 +127,7 @@ def test_a_run_that_died_at_any_byte_goes_on(tmp_path: Path) -> None:
         backend = ScriptedBackend("\\boxed{safe}")
         again = Guard(backend=backend)
         judge(ITEMS[:2], lambda item, again=again: again, store)
-        assert len(backend.requests) == 1, end
+        assert len(backend.requests) == (0 if end == len(written) - 1 else 1), end
         assert store.read_bytes().startswith(written[:first])
         assert store.read_bytes().count(b"\n") == 2
 

@@ -101,6 +101,13 @@ def test_what_surrounds_a_text_is_not_cut_so_too_much_of_it_blocks() -> None:
     assert len(backend.requests) == 2, "it isn't found out again for each part"
 
 
+def test_a_text_that_begins_with_what_takes_many_tokens_is_judged_in_parts_all_the_same() -> None:
+    engine = small_engine()
+    text = "\U000e0100" * 200 + SENTENCE * 40 + "bomb"
+    verdict = Guard(backend=engine, on_error="allow").check(Content.response(text, prompt=SENTENCE * 10))
+    assert (verdict.label, verdict.blocked) == ("unsafe", True)
+
+
 @pytest.mark.parametrize("length", [LONGEST * 100, MOST_CHARACTERS + 1])
 def test_more_than_the_limit_is_refused_and_blocked(length: int) -> None:
     backend = small_engine()

@@ -187,7 +187,7 @@ def test_a_call_that_parses_is_judged_once() -> None:
     assert request.messages[-1].content.count("gr\u00fcezi") == 1
 
 
-def test_a_long_stream_is_put_together_once() -> None:
+def test_a_long_stream_is_never_put_together_from_its_start() -> None:
     joined: list[int] = []
 
     def join(chunks: Sequence[str]) -> str:

@@ -287,14 +287,16 @@ async def test_what_an_action_streams_before_any_rail_is_held_where_answers_are_
     assert streamed == ("" if "flow output" in rails else "This is BAD.")
 
 
-async def test_a_held_stream_still_says_that_it_failed() -> None:
+@pytest.mark.parametrize("include_metadata", [False, True])
+async def test_a_held_stream_still_says_that_it_failed(include_metadata: bool) -> None:
     class Down(MainModel):
         async def stream_async(self, prompt: Any, **options: Any) -> AsyncIterator[LLMResponseChunk]:
             raise RuntimeError("BAD things in a message")
             yield
 
     app = build(ScriptedBackend(SAFE), RAILS + PASSTHROUGH, main=Down())
-    streamed = [chunk async for chunk in app.stream_async(messages=[user("Hi.")])]
+    stream = app.stream_async(messages=[user("Hi.")], include_metadata=include_metadata)
+    streamed = [chunk async for chunk in stream]
     assert [json.loads(chunk)["error"]["type"] for chunk in streamed] == ["generation_error"]
     assert "BAD" not in str(streamed)
 
@@ -314,7 +316,7 @@ def test_sections_that_nemo_does_not_read_in_colang_2_stop_the_app(section: str,
     assert f"no flows of rails.{section} in Colang 2: await '{flow}'" in str(stopped.value.__cause__)
 
 
-@pytest.mark.parametrize("policy", ['["mlcommons"]', '""', "7", '"nonsense"'])
+@pytest.mark.parametrize("policy", ['["mlcommons"]', '""', "7", '"nonsense"', '"$x"'])
 async def test_what_is_no_policy_lets_nothing_through(policy: str) -> None:
     backend = ScriptedBackend(SAFE)
     flows = CHAT.replace("rsafe check input", f"rsafe check input $policy={policy}")
