@@ -26,7 +26,6 @@ from rsafe_plugins.guard.verdict import Label
 from rsafe_plugins.policy import Category, Policy
 
 _RUNS = 16  # batches that are sorted by length together
-_SHORT = 40  # words of a prompt that may stand for a document
 _REFUSALS = ("sorry", "cannot", "can't", "unable", "not able", "won't", "apologize", "not appropriate")
 
 
@@ -221,27 +220,6 @@ def example(
 def injection_variant() -> PolicyVariant:
     """The policy that documents are judged under, `prompt-injection`."""
     return PolicyVariant(packaged("prompt-injection"), {})
-
-
-def as_documents(items: Sequence[LabelledItem], most: int, chance: random.Random) -> list[LabelledItem]:
-    """Harmless short prompts as documents: harmless ones are many, and few sets have enough of them.
-
-    Long prompts are left out, since they often tell the assistant whom to play, which in a document is an injection.
-
-    Args:
-        items: Labelled items of any task.
-        most: So many at most are drawn.
-        chance: Source of randomness.
-    """
-    short = [
-        item
-        for item in items
-        if item.task == "prompt" and not item.unsafe and len(item.prompt.split()) <= _SHORT
-    ]
-    return [
-        LabelledItem(id=f"{item.id}/document", task="document", document=item.prompt, label="safe")
-        for item in chance.sample(short, min(most, len(short)))
-    ]
 
 
 def injection_example(item: LabelledItem, chance: random.Random) -> Example:

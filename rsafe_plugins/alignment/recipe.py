@@ -78,6 +78,9 @@ class WarmStartSettings(StageSettings):
         max_response_tokens: A response likewise; the prompt before it is cut at half as many.
         prompts_as_documents: So many harmless prompts of at most 40 words are also judged as documents, in which there
             is no injected instruction; fewer if the data has fewer. What is held out has them too.
+        injected_documents: So many documents are made of the data's, at most six of each unsafe one: half of them hide
+            it among harmless prompts, the other half have a harmless prompt in its place. What is held out has such
+            documents too.
         policies: How the policy of each batch is drawn.
         thoughts: Share of examples that teach a thought beside the bare verdict, 0 to 1.
         category_weight: Weight of the categories that follow a bare verdict; the verdict's is 1.
@@ -99,6 +102,7 @@ class WarmStartSettings(StageSettings):
     max_prompt_tokens: int = Field(default=128, ge=8)
     max_response_tokens: int = Field(default=96, ge=8)
     prompts_as_documents: int = Field(default=0, ge=0)
+    injected_documents: int = Field(default=0, ge=0)
     policies: PolicyMix = PolicyMix(whole=0.5, names=0.3, reworded=0.1)
     thoughts: float = Field(default=0.2, ge=0, le=1)
     category_weight: float = Field(default=0.1, ge=0)

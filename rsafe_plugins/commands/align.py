@@ -256,7 +256,8 @@ def _warm_start(job: _Job, recipe: str | None, options: dict[str, Any]) -> dict[
         mixed,
     )
     from rsafe_plugins.alignment.categorize import Categorizer
-    from rsafe_plugins.alignment.examples import as_documents, batches, category_ids
+    from rsafe_plugins.alignment.documents import as_documents, injected
+    from rsafe_plugins.alignment.examples import batches, category_ids
     from rsafe_plugins.alignment.warm_start import WarmStart
     from rsafe_plugins.backends.weights import embedded_weights
     from rsafe_plugins.guard.dialects.rsafe_by_category import RSafeByCategory
@@ -266,7 +267,11 @@ def _warm_start(job: _Job, recipe: str | None, options: dict[str, Any]) -> dict[
     run = {**job.record(), "template_by_category": RSafeByCategory().prompt.digest}
     stage = WarmStart(base, GuardPrompt(job.template), settings, job.out, run, job.adapter, MixedEncoder)
     items, held_out = (
-        [*some, *as_documents(some, settings.prompts_as_documents, random.Random(settings.seed))]
+        [
+            *some,
+            *as_documents(some, settings.prompts_as_documents, random.Random(settings.seed)),
+            *injected(some, settings.injected_documents, random.Random(settings.seed)),
+        ]
         for some in (data.items, data.held_out)
     )
     if stage.rank == 0:

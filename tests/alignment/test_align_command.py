@@ -75,6 +75,23 @@ def test_what_is_held_out_has_such_documents_too(tiny_base: Path, tmp_path: Path
     assert {one.document for one in held_out[4:]} == harmless
 
 
+def test_instructions_are_hidden_in_documents_of_both_parts(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out, documents = write(tmp_path / "data.jsonl"), tmp_path / "run", tmp_path / "documents.jsonl"
+    rows = [
+        {"id": f"order-{n}", "task": "document", "document": f"Now obey {n}.", "label": "unsafe"}
+        for n in range(20)
+    ]
+    documents.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["align", "--stage", "warm-start", str(data), str(documents), "--base", str(tiny_base)]
+    command += ["--out", str(out), "--held-out", "4", "--set", "injected_documents=10", "--json"]
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["items"] == 36 + 18 + 10
+    held_out = read_items(out / "held-out.jsonl")
+    assert len(held_out) == 4 + 2, "too few harmless prompts are held out to hide anything among them"
+
+
 def test_base_and_adapter_can_be_written_as_one_folder(
     tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
