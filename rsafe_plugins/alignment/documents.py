@@ -25,7 +25,7 @@ def as_documents(items: Sequence[LabelledItem], most: int, chance: random.Random
     """
     short = _short(items)
     return [
-        _document(f"{item.id}/document", item.prompt, unsafe=False)
+        _document(f"{item.id}/document", item.prompt, "safe")
         for item in chance.sample(short, min(most, len(short)))
     ]
 
@@ -55,13 +55,9 @@ def injected(items: Sequence[LabelledItem], most: int, chance: random.Random) ->
     for number, hidden in enumerate((instructions * _TIMES)[: most // 2]):
         harmless, *around = chance.sample(passages, chance.randint(2, 1 + _PASSAGES))
         place, separator = chance.randint(0, len(around)), chance.choice((" ", "\n", "\n\n"))
-        for text, unsafe in ((hidden.document, True), (harmless, False)):
+        for name, text, label in (("hidden", hidden.document, "unsafe"), ("harmless", harmless, "safe")):
             document = separator.join([*around[:place], text, *around[place:]])
-            made.append(
-                _document(
-                    f"{hidden.id}/{'hidden' if unsafe else 'harmless'}-{number}", document, unsafe=unsafe
-                )
-            )
+            made.append(_document(f"{hidden.id}/{name}-{number}", document, label))
     return made
 
 
@@ -73,7 +69,7 @@ def _short(items: Sequence[LabelledItem]) -> list[LabelledItem]:
     ]
 
 
-def _document(identifier: str, document: str, *, unsafe: bool) -> LabelledItem:
-    return LabelledItem(
-        id=identifier, task="document", document=document, label="unsafe" if unsafe else "safe"
+def _document(identifier: str, document: str, label: str) -> LabelledItem:
+    return LabelledItem.model_validate(
+        {"id": identifier, "task": "document", "document": document, "label": label}
     )

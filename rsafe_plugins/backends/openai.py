@@ -524,7 +524,10 @@ def _proven(skills: Skills, answer: Answer) -> Skills:
     if not skills.continues:
         return plain
     for repeats in (False, True):
-        text = generated(answer.choices[0], _PROBE.prefill, repeats=repeats)
+        try:
+            text = generated(answer.choices[0], _PROBE.prefill, repeats=repeats)
+        except BackendError:
+            return plain
         if text is not None and text.startswith(_NEXT):
             break
     else:

@@ -594,6 +594,17 @@ async def test_a_thought_that_closes_itself_is_no_answer(name: str, content: str
             await only(backend, ask("Hi"))
 
 
+async def test_a_server_whose_answer_to_the_probe_closes_its_own_thought_is_asked_plainly() -> None:
+    async def odd(server: Server, path: str, body: Json) -> Reply:
+        if is_probe(body) and body["messages"][-1]["role"] == "assistant":
+            return await answers({"content": None, "reasoning": "Hm.</think>-canoe"})(server, path, body)
+        return await Chat()(server, path, body)
+
+    async with running(odd) as (_, backend):
+        assert (await only(backend, ask("Hi", max_tokens=1))).text == "Hi!"
+        assert not backend.supports_prefill
+
+
 async def test_a_probe_that_failed_is_made_again() -> None:
     async with running(first(3, always(fault(503)))) as (_, backend):
         with pytest.raises(BackendUnavailable, match="status 503"):

@@ -1,3 +1,5 @@
+import asyncio
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -106,6 +108,31 @@ def test_a_text_that_begins_with_what_takes_many_tokens_is_judged_in_parts_all_t
     text = "\U000e0100" * 200 + SENTENCE * 40 + "bomb"
     verdict = Guard(backend=engine, on_error="allow").check(Content.response(text, prompt=SENTENCE * 10))
     assert (verdict.label, verdict.blocked) == ("unsafe", True)
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [(None, None), ("garbage", "unsafe"), (BackendError("down"), "unsafe")],
+    ids=["hangs", "garbage", "dies"],
+)
+def test_where_only_the_question_about_a_long_prompt_fails_the_parts_decide_in_time_or_it_blocks(
+    answer: str | BackendError | None, label: str | None
+) -> None:
+    async def reply(request: Request) -> str | BackendError:
+        text = judged(request)
+        if text.rstrip().endswith("Agent: ."):
+            if answer is None:
+                await asyncio.Event().wait()
+            return answer or ""
+        if len(text) > LONGEST:
+            return InputTooLong("too long")
+        return r"\boxed{unsafe}" if "bomb" in text else r"\boxed{safe}"
+
+    backend = ScriptedBackend(reply)
+    content = Content.response("Yes. " * 500 + "A bomb.", prompt=SENTENCE * 10)
+    verdict = Guard(backend=backend, timeout=1).check(content)
+    assert (verdict.label, verdict.blocked) == (label, True)
+    assert any(judged(one).rstrip().endswith("Agent: .") for one in backend.requests)
 
 
 @pytest.mark.parametrize("length", [LONGEST * 100, MOST_CHARACTERS + 1])
