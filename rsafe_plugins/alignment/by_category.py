@@ -105,7 +105,8 @@ class CategoryEncoder(BatchEncoder):
             ]
             labels = [question.label for question in example.questions]
             met = labels.index("unsafe") if "unsafe" in labels and len(labels) > 1 else None
-            sequences.append(Encoded(prompts[0][shared:end], endings, met))
+            share = self._settings.distill.share(example.content.kind)
+            sequences.append(Encoded(prompts[0][shared:end], endings, met, share))
         return asked[0][0][:shared], sequences
 
     def _text(self, question: Question, content: Content) -> str:

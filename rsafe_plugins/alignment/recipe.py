@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rsafe_plugins.errors import SettingsError
+from rsafe_plugins.policy import ContentKind
 
 _PACKAGED = resources.files("rsafe_plugins.alignment").joinpath("recipes")
 
@@ -44,6 +45,32 @@ class PolicyMix(_Settings):
                 "whole, names and reworded are shares of one whole and must not exceed 1 together"
             )
         return self
+
+
+class Distillation(_Settings):
+    """How far training keeps what the adapter that it goes on from answers, as in learning without forgetting.
+
+    What is taught is a mixture of the label and of what that adapter predicts in its place; the hard choice between
+    categories is taught by labels alone. See Li and Hoiem, arXiv 1606.09282.
+
+    Attributes:
+        prompts: Share of that adapter's prediction where a prompt is judged, 0 to 1.
+        responses: Where a response is.
+        documents: Where a document is.
+    """
+
+    prompts: float = Field(default=0.0, ge=0, le=1)
+    responses: float = Field(default=0.0, ge=0, le=1)
+    documents: float = Field(default=0.0, ge=0, le=1)
+
+    def share(self, kind: ContentKind) -> float:
+        """The share for contents of a kind; tools' calls and results, which aren't trained on, have none."""
+        return {"prompt": self.prompts, "response": self.responses, "document": self.documents}.get(kind, 0.0)
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is kept."""
+        return bool(self.prompts or self.responses or self.documents)
 
 
 class StageSettings(_Settings):
@@ -90,6 +117,8 @@ class WarmStartSettings(StageSettings):
         by_category: Share of steps that ask for each category by itself, as the dialect `rsafe-by-category` does, 0 to
             1; policies, thoughts and their weights play no part in them. Below 1 they only teach which category an
             unsafe item meets, since the other steps teach what is unsafe.
+        distill: How far verdicts stay those of the adapter that training goes on from, which needs one. Training is
+            slower by about a third with it.
         dtype: What is computed in; the adapter itself stays in float32. `bfloat16` is faster on GPUs, and on processors
             with instructions for it.
     """
@@ -109,6 +138,7 @@ class WarmStartSettings(StageSettings):
     thought_weight: float = Field(default=0.4, ge=0)
     through_policy: bool = True
     by_category: float = Field(default=0.0, ge=0, le=1)
+    distill: Distillation = Distillation()
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -231,7 +261,8 @@ def load_recipe(stage: type[_Stage], recipe: str | Path | None, options: Mapping
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
-            part = PolicyMix if where.startswith("policies.") else stage
+            parts: dict[str, type[BaseModel]] = {"policies": PolicyMix, "distill": Distillation}
+            part = parts.get(where.split(".")[0], stage) if "." in where else stage
             raise SettingsError(
                 f"{source} has the setting {where}, which there is not; expected one of "
                 f"{', '.join(part.model_fields)}."

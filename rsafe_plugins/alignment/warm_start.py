@@ -56,11 +56,13 @@ class Encoded:
         endings: Token ids, and the weight of each in the loss.
         unsafest: Which of the endings should say `unsafe` with the highest probability; None where they aren't
             compared.
+        distilled: Share of the targets that is what the adapter that training goes on from predicts there, 0 to 1.
     """
 
     prompt: list[int]
     endings: list[tuple[list[int], list[float]]]
     unsafest: int | None = None
+    distilled: float = 0.0
 
 
 @dataclass(slots=True)
@@ -138,7 +140,11 @@ class Encoder(BatchEncoder):
         prompts = [self._ids(self._prompt.text(variant.policy, example.content)) for example in examples]
         shared = common_prefix(prompts)
         sequences = [
-            Encoded(ids[shared:], self._endings(example))
+            Encoded(
+                ids[shared:],
+                self._endings(example),
+                distilled=self._settings.distill.share(example.content.kind),
+            )
             for ids, example in zip(prompts, examples, strict=True)
         ]
         return prompts[0][:shared], sequences
@@ -293,6 +299,11 @@ class WarmStart:
         adapter: Path | None = None,
         encoder: Callable[[PreTrainedTokenizerBase, GuardPrompt, WarmStartSettings], BatchEncoder] = Encoder,
     ) -> None:
+        if settings.distill.any and adapter is None:
+            raise AlignmentError(
+                "distill needs an adapter to go on from, whose answers are kept, and there is none: name one with "
+                "--adapter, or leave distill out."
+            )
         self.rank, self.processes = _join_processes()
         torch.manual_seed(settings.seed)
         model, tokenizer = load_base(base)
@@ -315,6 +326,8 @@ class WarmStart:
         self.model: PeftModel = with_lora(
             model, rank=settings.rank, first_layer=settings.first_layer, adapter=adapter
         ).to(self.device)
+        self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._start = [parameter.detach().clone() for parameter in self._trained]
         out.mkdir(parents=True, exist_ok=True)
         self.out = out
         self.log = Log(out / "log.jsonl")
@@ -335,7 +348,7 @@ class WarmStart:
         Raises:
             AlignmentError: The loss is no finite number.
         """
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        parameters = self._trained
         optimizer = torch.optim.AdamW(parameters, lr=self.settings.learning_rate, weight_decay=0.0)
         done_steps, seen, before = self._restore(parameters, optimizer)
         if self.rank == 0:
@@ -420,18 +433,19 @@ class WarmStart:
         sequences = sorted(sequences, key=lambda s: len(s.prompt) + sum(len(ids) for ids, _ in s.endings))
         count = len(sequences)
         sequences = sequences[self.rank :: self.processes]
-        decoder, head = self._parts()
-        with self._precision(), torch.set_grad_enabled(self.settings.through_policy):
-            prefix = decoder(input_ids=torch.tensor([shared], device=self.device), use_cache=True)
-        layers = [(layer.keys, layer.values) for layer in prefix.past_key_values.layers]
+        size = self.settings.micro_batch
+        parts = [
+            lay_out(sequences[start : start + size], len(shared)) for start in range(0, len(sequences), size)
+        ]
+        taught = self._taught(shared, parts)
+        with torch.set_grad_enabled(self.settings.through_policy):
+            layers = self._prefix(shared)
         leaves = [
             tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in pair) for pair in layers
         ]
         total = 0.0
-        for start in range(0, len(sequences), self.settings.micro_batch):
-            part = sequences[start : start + self.settings.micro_batch]
-            with self._precision():
-                loss = self._loss(decoder, head, leaves, len(shared), part) / count
+        for layout, teacher in zip(parts, taught, strict=True):
+            loss = self._loss(self._logits(leaves, layout), layout, teacher) / count
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         pairs = [
@@ -476,25 +490,58 @@ class WarmStart:
         base: Any = self.model.get_base_model()
         return base.model, base.lm_head
 
-    def _loss(
-        self, decoder: Any, head: Any, leaves: Sequence[tuple[Any, ...]], shared: int, part: Sequence[Encoded]
-    ) -> torch.Tensor:
-        layout = lay_out(part, shared)
-        rows = len(part)
+    def _prefix(self, shared: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of the shared part, a pair a layer."""
+        decoder, _ = self._parts()
+        with self._precision():
+            prefix = decoder(input_ids=torch.tensor([shared], device=self.device), use_cache=True)
+        return [(layer.keys, layer.values) for layer in prefix.past_key_values.layers]
+
+    def _logits(self, layers: Sequence[tuple[torch.Tensor, ...]], layout: Layout) -> torch.Tensor:
+        """What is predicted after the shared part at each of the layout's targets, (targets, vocabulary)."""
+        decoder, head = self._parts()
+        rows = len(layout.ids)
         cache = DynamicCache()
-        for index, (keys, values) in enumerate(leaves):
+        for index, (keys, values) in enumerate(layers):
             cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), index)
-        hidden = decoder(
-            input_ids=layout.ids.to(self.device),
-            attention_mask=layout.mask.to(self.device),
-            position_ids=layout.positions.to(self.device),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        row, column = layout.sources
-        logits = head(hidden[row.to(self.device), column.to(self.device)])
-        logits = logits.float()
+        with self._precision():
+            hidden = decoder(
+                input_ids=layout.ids.to(self.device),
+                attention_mask=layout.mask.to(self.device),
+                position_ids=layout.positions.to(self.device),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+            row, column = layout.sources
+            logits: torch.Tensor = head(hidden[row.to(self.device), column.to(self.device)])
+        return logits.float()
+
+    @torch.no_grad()
+    def _taught(self, shared: list[int], parts: Sequence[Layout]) -> list[torch.Tensor | None]:
+        """What the adapter that training goes on from predicts at the targets that are distilled, (distilled, ids)."""
+        wanted = [layout.distilled > 0 for layout in parts]
+        if not any(bool(one.any()) for one in wanted):
+            return [None] * len(parts)
+        now = [parameter.data for parameter in self._trained]
+        for parameter, start in zip(self._trained, self._start, strict=True):
+            parameter.data = start
+        try:
+            layers = self._prefix(shared)
+            return [
+                self._logits(layers, layout)[one.to(self.device)].softmax(-1) if one.any() else None
+                for layout, one in zip(parts, wanted, strict=True)
+            ]
+        finally:
+            for parameter, value in zip(self._trained, now, strict=True):
+                parameter.data = value
+
+    def _loss(self, logits: torch.Tensor, layout: Layout, teacher: torch.Tensor | None) -> torch.Tensor:
         losses = functional.cross_entropy(logits, layout.targets.to(self.device), reduction="none")
+        if teacher is not None:
+            share = layout.distilled.to(self.device)
+            kept = torch.zeros_like(losses)
+            kept[share > 0] = functional.cross_entropy(logits[share > 0], teacher, reduction="none")
+            losses = (1 - share) * losses + share * kept
         loss = (losses * layout.weights.to(self.device)).sum()
         safe, unsafe = self.encoder.label_ids
         for verdicts, unsafest in layout.compared:
@@ -529,6 +576,7 @@ class Layout:
         sources: Rows and columns of the tokens that predict something, each (targets,).
         targets: The token ids that they should predict, (targets,).
         weights: Weight of each, (targets,).
+        distilled: Share of each that is what the adapter that training goes on from predicts there, (targets,).
         compared: For each sequence whose endings are compared, the targets that are their verdicts, and which of these
             is the unsafest.
     """
@@ -539,6 +587,7 @@ class Layout:
     sources: tuple[torch.Tensor, torch.Tensor]
     targets: torch.Tensor
     weights: torch.Tensor
+    distilled: torch.Tensor
     compared: list[tuple[list[int], int]]
 
 
@@ -553,6 +602,7 @@ def lay_out(part: Sequence[Encoded], shared: int) -> Layout:
     columns: list[int] = []
     targets: list[int] = []
     weights: list[float] = []
+    distilled: list[float] = []
     compared: list[tuple[list[int], int]] = []
     for row, sequence in enumerate(part):
         verdicts: list[int] = []
@@ -576,6 +626,7 @@ def lay_out(part: Sequence[Encoded], shared: int) -> Layout:
                     columns.append(start + offset - 1)
                     targets.append(tokens[offset])
                     weights.append(token_weights[offset])
+                    distilled.append(sequence.distilled)
             start = end
         if sequence.unsafest is not None:
             compared.append((verdicts, sequence.unsafest))
@@ -587,5 +638,6 @@ def lay_out(part: Sequence[Encoded], shared: int) -> Layout:
         (torch.tensor(rows), torch.tensor(columns)),
         torch.tensor(targets),
         torch.tensor(weights),
+        torch.tensor(distilled),
         compared,
     )

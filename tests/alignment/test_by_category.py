@@ -21,7 +21,7 @@ from rsafe_plugins.alignment.by_category import (
 )
 from rsafe_plugins.alignment.categorize import Categorizer
 from rsafe_plugins.alignment.examples import Example, PolicyVariant, category_ids, wordings_of
-from rsafe_plugins.alignment.recipe import WarmStartSettings
+from rsafe_plugins.alignment.recipe import Distillation, WarmStartSettings
 from rsafe_plugins.alignment.warm_start import Encoder, WarmStart
 from rsafe_plugins.cli import main
 from rsafe_plugins.errors import DataError
@@ -72,6 +72,16 @@ def test_what_is_trained_is_what_the_guard_asks(tiny_base: Path, tmp_path: Path)
             prompt = warm.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
             asked.append(f"{prompt}{RSafeByCategory.begin}{question.label}}}")
     assert trained == asked
+
+
+def test_what_is_kept_of_the_adapter_before_goes_by_what_is_judged(tiny_base: Path, tmp_path: Path) -> None:
+    adapter = stage(tiny_base, tmp_path / "first").save()
+    settings = WarmStartSettings(distill=Distillation(prompts=0.5, documents=0.25))
+    warm = WarmStart(
+        tiny_base, RSafeByCategory().prompt, settings, tmp_path, adapter=adapter, encoder=CategoryEncoder
+    )
+    _, sequences = warm.encoder.encode(None, ASKED)
+    assert [one.distilled for one in sequences] == [0.5, 0.5, 0.25]
 
 
 def test_only_the_label_is_learned_and_as_much_as_its_question_weighs(

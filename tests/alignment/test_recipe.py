@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from rsafe_plugins.alignment.recipe import (
+    Distillation,
     GRPOSettings,
     StageSettings,
     WarmStartSettings,
@@ -76,5 +77,23 @@ def test_a_recipe_that_is_not_there_is_told_beside_those_that_are() -> None:
 def test_a_part_that_is_set_leaves_the_others_as_they_are() -> None:
     settings = load_recipe(WarmStartSettings, None, {"policies.user_words": 0.5})
     assert settings.policies == WarmStartSettings().policies.model_copy(update={"user_words": 0.5})
+    settings = load_recipe(WarmStartSettings, None, {"distill.responses": 1})
+    assert settings.distill == Distillation(responses=1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"distill.prompt": 1}, r"setting distill\.prompt, .* prompts, responses, documents\."),
+        ({"policies.whloe": 1}, r"setting policies\.whloe, .* whole, names"),
+        ({"distill.prompts": 1.5}, r"distill\.prompts: .* less than or equal to 1"),
+        ({"distill": 1}, r"distill: .* valid dictionary"),
+    ],
+)
+def test_a_part_that_is_not_there_or_out_of_range_is_one_sentence(
+    options: dict[str, object], says: str
+) -> None:
+    with pytest.raises(SettingsError, match=says):
+        load_recipe(WarmStartSettings, None, options)
     with pytest.raises(SettingsError, match=r"no setting batch\.x: batch has no parts"):
         load_recipe(WarmStartSettings, None, {"batch.x": 7})

@@ -90,6 +90,82 @@ def test_training_goes_on_from_an_adapter(tiny_base: Path, tmp_path: Path, form:
     assert any(gradient.abs().max() > 0 for gradient in gradients(went_on.model).values())
 
 
+def going_on(base: Path, adapter: Path, out: Path, **settings: object) -> WarmStart:
+    chosen = WarmStartSettings(micro_batch=2, warmup_steps=1, **settings)  # type: ignore[arg-type]
+    return WarmStart(base, GuardPrompt(), chosen, out, adapter=adapter)
+
+
+def test_what_is_distilled_whole_has_no_gradient_until_the_adapter_says_something_else(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    first = stage(tiny_base, tmp_path / "first", learning_rate=5e-3, warmup_steps=1)
+    first.train([(VARIANT, EXAMPLES)] * 4, total=24)
+    adapter = first.save()
+    kept = going_on(tiny_base, adapter, tmp_path / "kept", distill={"prompts": 1.0})
+    kept.step(VARIANT, EXAMPLES)
+    assert max(float(one.abs().max()) for one in gradients(kept.model).values()) < 1e-6
+    with torch.no_grad():
+        for parameter in kept._trained:
+            parameter.add_(0.02)
+    kept.model.zero_grad()
+    kept.step(VARIANT, EXAMPLES)
+    assert max(float(one.abs().max()) for one in gradients(kept.model).values()) > 1e-4
+
+
+def test_half_distilled_is_the_mean_of_both_gradients(tiny_base: Path, tmp_path: Path) -> None:
+    first = stage(tiny_base, tmp_path / "first", learning_rate=5e-3, warmup_steps=1)
+    first.train([(VARIANT, EXAMPLES)] * 4, total=24)
+    adapter = first.save()
+    found = []
+    for share in (0.0, 0.5, 1.0):
+        warm = going_on(tiny_base, adapter, tmp_path / str(share), distill={"prompts": share, "documents": 1})
+        with torch.no_grad():
+            for parameter in warm._trained:
+                parameter.add_(0.02)
+        found.append((warm.step(VARIANT, EXAMPLES), gradients(warm.model)))
+    (low, none), (middle, half), (high, whole) = found
+    assert middle == pytest.approx((low + high) / 2, rel=1e-4)
+    for name, gradient in half.items():
+        assert torch.allclose(gradient, (none[name] + whole[name]) / 2, rtol=1e-3, atol=1e-6), name
+
+
+def test_distilling_goes_on_after_a_run_died_with_the_adapter_that_it_began_with(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rsafe_plugins.alignment.warm_start.CHECKPOINT_SECONDS", -1)
+    first = stage(tiny_base, tmp_path / "first", learning_rate=5e-3, warmup_steps=1)
+    first.train([(VARIANT, EXAMPLES)] * 4, total=24)
+    adapter = first.save()
+    keep = {"distill": {"prompts": 0.5}, "learning_rate": 5e-3}
+
+    def dying() -> Iterator[tuple[PolicyVariant, list[Example]]]:
+        yield from [(VARIANT, EXAMPLES)] * 2
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        going_on(tiny_base, adapter, tmp_path / "parts", **keep).train(dying(), total=15)
+    second = going_on(tiny_base, adapter, tmp_path / "parts", **keep)
+    second.train([(VARIANT, EXAMPLES)] * 4, total=15)
+    whole = going_on(tiny_base, adapter, tmp_path / "whole", **keep)
+    whole.train([(VARIANT, EXAMPLES)] * 4, total=15)
+    assert [row["loss"] for row in second.log.rows] == [row["loss"] for row in whole.log.rows]
+
+
+def test_a_step_whose_kinds_are_not_distilled_is_as_it_was(tiny_base: Path, tmp_path: Path) -> None:
+    first = stage(tiny_base, tmp_path / "first")
+    adapter = first.save()
+    plain = going_on(tiny_base, adapter, tmp_path / "plain")
+    kept = going_on(tiny_base, adapter, tmp_path / "kept", distill={"responses": 1.0, "documents": 1.0})
+    assert kept.step(VARIANT, EXAMPLES) == plain.step(VARIANT, EXAMPLES)
+    expected = gradients(plain.model)
+    assert all(torch.equal(one, expected[name]) for name, one in gradients(kept.model).items())
+
+
+def test_distilling_without_an_adapter_to_go_on_from_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(AlignmentError, match="distill needs an adapter"):
+        stage(tiny_base, tmp_path, distill={"responses": 0.5})
+
+
 def test_an_adapter_of_another_shape_is_refused(tiny_base: Path, tmp_path: Path) -> None:
     folder = stage(tiny_base, tmp_path / "first").save()
     settings = WarmStartSettings(rank=8)
