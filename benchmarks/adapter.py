@@ -29,10 +29,19 @@ def main() -> None:
     changes = ("--set", "items=5786", "--set", "dtype=bfloat16", "--adapter", str(out / "mean"))
     more = ("--set", "by_category=0.5", "--set", "prompts_as_documents=500", "--set", "max_prompt_tokens=128")
     fourth = align("warm-start", files, out / "fourth", *changes, *more, recipe="embedded-categories")
-    adapter = mixture(out / "mean", fourth, 0.5, out / "shipped")
+    mixture(out / "mean", fourth, 0.5, out / "second-mean")
+    files = training_files(
+        folder, wildguard=1500, surge=400, ailuminate=1160, jailbreakbench=1310, hatecheck=300, gptfuzz=500
+    )
+    changes = ("--set", "items=ITEMS", "--set", "dtype=bfloat16", "--adapter", str(out / "second-mean"))
+    more = ("--set", "by_category=0.3", "--set", "max_prompt_tokens=128")
+    more += ("--set", "prompts_as_documents=1500", "--set", "injected_documents=1000")
+    more += ("--set", "distill.prompts=0.5", "--set", "distill.responses=1")
+    fifth = align("warm-start", files, out / "fifth", *changes, *more, recipe="embedded-categories")
+    adapter = mixture(out / "second-mean", fifth, 0.5, out / "shipped")
     fitted = out / "fitted.yaml"
     bare = ("--backend", f"embedded:{adapter}", "--reasoning", "never", "--category-threshold", "0.4")
-    evaluated(fourth.parent / "held-out.jsonl", *bare, "--unsafe-share", "0.5", "--fit", fitted)
+    evaluated(fifth.parent / "held-out.jsonl", *bare, "--unsafe-share", "0.5", "--fit", fitted)
     print(f"The adapter: {adapter}; its thresholds: {fitted}")
 
 

@@ -20,6 +20,8 @@ SMALL_POLICIES = ("--others", "3")
 def training_files(
     folder: Path,
     *,
+    wildguard: int | None = None,
+    surge: int | None = None,
     ailuminate: int = 500,
     hatecheck: int = 1400,
     gptfuzz: int = 1200,
@@ -27,9 +29,9 @@ def training_files(
 ) -> list[str]:
     """What `rsafe align` is given. The order of the files decides which items are drawn when."""
     names = (
-        "wildguard_train.jsonl",
+        "wildguard_train.jsonl" + (f"@{wildguard}" if wildguard else ""),
         "aegis_train.jsonl",
-        "surge_toxicity.jsonl",
+        "surge_toxicity.jsonl" + (f"@{surge}" if surge else ""),
         f"ailuminate_demo.jsonl@{ailuminate}",
         f"hatecheck.jsonl@{hatecheck}",
         f"gptfuzz_responses.jsonl@{gptfuzz}",

@@ -227,12 +227,19 @@ def _print_correspondence(policies: list[Policy], to: str) -> None:
 
 
 def _corresponding(policy: Policy, category: Category, to: str) -> tuple[str, ...]:
-    """By the taxonomy that the policy is one of; else by the first in which something corresponds to its id or name."""
-    taxonomies = [policy.name] if policy.name in taxonomy_names() else taxonomy_names()
-    for taxonomy in taxonomies:
-        for name in (category.id, category.name):
-            if found := corresponding(name, taxonomy, to):
-                return found
+    """By the taxonomy that the policy is one of; else by the first in which something corresponds to its name.
+
+    Ids say nothing without their taxonomy: S2 is one thing for Llama Guard and another one for Nemotron.
+    """
+    if policy.name in taxonomy_names():
+        return corresponding(category.id, policy.name, to) or corresponding(category.name, policy.name, to)
+    for taxonomy in taxonomy_names():
+        name = category.name
+        if taxonomy in Policy.builtin_names():  # these have ids
+            named = {one.name.casefold(): one.id for one in Policy.load(taxonomy).categories}
+            name = named.get(category.name.casefold(), "")
+        if found := corresponding(name, taxonomy, to):
+            return found
     return ()
 
 

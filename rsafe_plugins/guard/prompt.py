@@ -147,9 +147,13 @@ class GuardPrompt:
             "description": self._safe(category.description),
             "covers": [self._safe(text) for text in category.covers],
             "allows": [self._safe(text) for text in category.allows],
-            "examples": [self._safe(text) for text in category.examples],
-            "allowed_examples": [self._safe(text) for text in category.allowed_examples],
+            "examples": [self._quoted(text) for text in category.examples],
+            "allowed_examples": [self._quoted(text) for text in category.allowed_examples],
         }
+
+    def _quoted(self, text: str) -> str:
+        """An example, which can't end the quotes that it stands in."""
+        return self._safe(text).replace('"', "'")
 
 
 def turns(content: Content, delimiters: tuple[str, ...] = ()) -> list[dict[str, str]]:

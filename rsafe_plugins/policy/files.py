@@ -105,7 +105,7 @@ def read_text(path: Path) -> str:
     if not regular:
         kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
         raise PolicyError(f"{source}: expected a policy file, but this is {kind}; name a file.")
-    _check_size(status.st_size, source)
+    check_size(status.st_size, source)
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -136,7 +136,7 @@ def parse(text: str, file_format: FileFormat, source: str) -> Document:
         PolicyError: The text is larger than 1 MiB, is not well-formed, or uses what no policy needs.
     """
     try:
-        _check_size(len(text.encode()), source)
+        check_size(len(text.encode()), source)
     except UnicodeEncodeError as error:
         line = text.count("\n", 0, error.start) + 1
         raise _error(source, line, "expected text, but this has a lone surrogate; remove it") from None
@@ -221,7 +221,8 @@ def _error(source: str, line: int, sentence: str, location: Location = ()) -> Po
     return PolicyError(f"{source}, line {line}{', field ' if field else ''}{field}: {sentence}.")
 
 
-def _check_size(size: int, source: str) -> None:
+def check_size(size: int, source: str) -> None:
+    """Refuses what is larger than a policy file may be, with a PolicyError."""
     if size > MAX_BYTES:
         raise PolicyError(
             f"{source}: a policy file has at most 1 MiB, but this has {size / MAX_BYTES:.2f} MiB; "

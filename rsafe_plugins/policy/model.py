@@ -241,10 +241,11 @@ class Policy(_Value):
             path: A path that ends in `.yaml`, `.yml` or `.json`, which decides the format.
 
         Raises:
-            PolicyError: The suffix is another one, or the file can't be written.
+            PolicyError: The suffix is another one, the file would be larger than one may be, or it can't be written.
         """
         target = Path(path)
         text = self.to_yaml() if files.file_format(target) == "yaml" else self.to_json()
+        files.check_size(len(text.encode()), files.source_name(target))
         files.write_text(target, text)
 
     @cached_property

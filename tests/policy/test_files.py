@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -9,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rsafe_plugins.errors import PolicyError
-from rsafe_plugins.policy import CONTENT_KINDS, Policy
+from rsafe_plugins.policy import CONTENT_KINDS, Category, Policy
 
 ONE = "name: p\ncategories:\n  - id: A\n    name: Arson\n"
 KINDS = ", ".join(CONTENT_KINDS)
@@ -418,3 +419,11 @@ def test_no_bytes_in_a_file_raise_anything_but_a_policy_error(tmp_path_factory, 
 def test_importing_policies_leaves_the_yaml_library_out():
     code = "import sys, rsafe_plugins.policy; sys.exit('yaml' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_policy_that_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    many = tuple(f"{number} {'x' * 900}" for number in range(100))
+    categories = tuple(Category(id=f"C{n}", name=f"N{n}", allows=many) for n in range(20))
+    with pytest.raises(PolicyError, match="at most 1 MiB"):
+        Policy(name="p", categories=categories).save(tmp_path / "p.yaml")
+    assert not (tmp_path / "p.yaml").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -14,26 +14,43 @@ from rsafe_plugins.errors import PolicyError
 from rsafe_plugins.policy.translate.pieces import Draft, Entry, Piece, Rule, capital
 
 _REFUSAL = re.compile(
-    r"^(?:bot\s+)?(?:refuse|reject|decline|den(?:y|ies)|(?:inform|express|explain|say)\s+"
-    r"(?:cannot|can't|no\b(?!\s+(?:problem|worries))|unable|inability))",
+    r"^(?:bot\s+)?(?:refuse|reject|decline|den(?:y|ies)(?:$|\s+(?:to|request|that|this|it|access|help|answer))|"
+    r"(?:inform|express|explain|say)\s+(?:cannot|can't|unable|inability|no\s*$|no\s+(?:opinion|comment|help|advice|answer)))",
+    re.IGNORECASE,
+)
+# What may be a refusal by its name, or tell something: "bot deny being human", "bot inform no shipping fees".
+_PERHAPS_REFUSAL = re.compile(
+    r"^(?:bot\s+)?(?:den(?:y|ies)|(?:inform|express|explain|say)\s+no\b(?!\s+(?:problem|worries)))",
     re.IGNORECASE,
 )
 _REFUSES = re.compile(
     r"\b(?:I|we)\s*(?:cannot|can\s+not|(?:ca|wo|do)n['\u2019]?t|(?:can|won|don) t|will\s+not|do\s+not|"
-    r"(?:\s*am|\s*are|['\u2019]?\s?m|['\u2019]?\s?re)\s+(?:not\s+able|unable)\s+to)\s+"
+    r"(?:\s*am|\s*are|['\u2019]?\s?m|['\u2019]?\s?re)\s+(?:not\s+(?:able|allowed|authori[sz]ed|permitted|qualified)|unable)"
+    r"\s+to|(?:\s+would|['\u2019]?d)\s+(?:rather|prefer)\s+not(?:\s+to)?|(?:do\s+not|don['\u2019]?t)\s+(?:like|want)\s+to)\s+"
     r"(?:(?:really|currently|also)\s+)?"
-    r"(?:help|discuss|talk|answer|assist|provide|engage|support|respond|comment|speak|give|share|do\s+(?:that|this))\b|"
+    r"(?:help|discuss|talk|answer|assist|engage|respond|comment|advise|comply|process|handle|continue|do\s+(?:that|this)|"
+    r"(?:provide|support|give|share|speak\s+(?:about|on|of))\s+(?:(?:you|with|on|about)\s+)*(?:that|this|these|those|such|any|"
+    r"(?:\w+\s+){0,3}(?:advice|opinions?|information|instructions|details|recommendations?|guidance|help|assistance)))\b|"
+    r"\b(?:topic|question|request|subject)\s+(?:is|are)\s*(?:not|n['\u2019]?t)\s+(?:supported|allowed|permitted)\b|"
     r"\bnot\s+something\s+(?:(?:that\s+)?(?:I|we)\s+can|to\s+(?:discuss|talk))\b|\boff[\s-]limits\b|"
     r"\b(?:I|we)\s+(?:must|have\s+to|need\s+to)\s+(?:stay\s+away|decline|refuse|refrain)\b|"
     r"\b(?:beyond|outside)\s+(?:of\s+)?(?:my|our)\s+(?:scope|remit)\b|"
     r"\bagainst\s+(?:my|our)\s+(?:policy|policies|rules)\b",
     re.IGNORECASE,
 )
+# What may be one, or tell what a product doesn't do: "We do not share your data."
+_PERHAPS_REFUSES = re.compile(
+    r"\b(?:I|we)\s*(?:cannot|can\s+not|(?:ca|wo|do)n['\u2019]?t|will\s+not|do\s+not)\s+(?:\w+\s+)?"
+    r"(?:provide|support|speak|give|share)\b",
+    re.IGNORECASE,
+)
 _ANY_INTENT = re.compile(r"^(?:user\s+)?\.{3}$")
 _ASKS = re.compile(r"^(?:user\s+)?(?:asks?|asked|request(?:s|ed)?)\s+(?:(?:a\s+)?question\s+)?(?:about\s+)?")
-_SAYS = ("bot say", "bot inform")
+_UTTERANCE = "UtteranceBotAction"
+_SAYS = ("bot say", "bot inform", _UTTERANCE)
 Said = tuple[str, bool]  # a name or a text, and whether it is a text
 Element = Mapping[str, Any]
+Refuses = Callable[["Flows", str, bool], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +82,7 @@ class Flows:
         patterns: What stands for what users say as a pattern.
         answers: Of the flows of Colang 2.x: intents, what the bot may say to them, where, and whether a condition
             stands between.
+        helpers: Of the other flows of Colang 2.x: what the bot says in them, by the flow's name.
     """
 
     intents: dict[str, list[Piece]] = field(default_factory=dict)
@@ -73,6 +91,7 @@ class Flows:
     flows: list[Flow] = field(default_factory=list)
     patterns: list[Piece] = field(default_factory=list)
     answers: list[tuple[list[str], list[Said], Piece, bool]] = field(default_factory=list)
+    helpers: dict[str, list[Said]] = field(default_factory=dict)
 
 
 def parse(text: str, file: str, version: str, flows: Flows) -> None:
@@ -144,9 +163,16 @@ def refusals(draft: Draft, flows: Flows) -> list[Entry]:
     """
     others: list[Entry] = []
     refused: dict[str, tuple[Piece, bool]] = {}
-    for intent, piece, is_conditional in (*_refused_1(flows), *_refused_2(flows)):
+    for intent, piece, is_conditional in (*_refused_1(flows, _refuses), *_refused_2(flows, _refuses)):
         if intent not in refused or (refused[intent][1] and not is_conditional):
             refused[intent] = piece, is_conditional
+    perhaps = {
+        intent: piece
+        for intent, piece, _ in (*_refused_1(flows, _may_refuse), *_refused_2(flows, _may_refuse))
+        if intent not in refused
+    }
+    # Nobody knows whether what answers these refuses.
+    others += [Entry(piece) for piece in perhaps.values()]
     for name, examples in {
         **flows.intents,
         **{name: flows.intents.get(name, []) for name in refused},
@@ -162,12 +188,15 @@ def refusals(draft: Draft, flows: Flows) -> list[Entry]:
             rule.examples += [(piece.text, piece) for piece in examples]
             draft.rules.append(rule)
         else:
-            reason = f"an example of the intent '{name}', which no flow refuses"
+            reason = "" if name in perhaps else f"an example of the intent '{name}', which no flow refuses"
             others += [Entry(piece, reason=reason) for piece in examples]
     for name, replies in flows.says.items():
         reason = "what the bot says when it refuses" if _refuses(flows, name, False) else "what the bot says"
         others += [Entry(piece, reason=f"{reason}; keep it in your flows") for piece in replies]
-    others += [Entry(piece, reason="what the bot says; keep it in your flows") for piece in flows.inline]
+    others += [
+        Entry(piece, reason="what the bot says; keep it in your flows")
+        for piece in dict.fromkeys(flows.inline)
+    ]
     others += [
         Entry(piece, reason="a pattern, which your flow matches exactly; keep it") for piece in flows.patterns
     ]
@@ -175,9 +204,27 @@ def refusals(draft: Draft, flows: Flows) -> list[Entry]:
 
 
 def _refuses(flows: Flows, said: str, is_text: bool) -> bool:
+    return _matches(flows, said, is_text, _REFUSAL, _REFUSES, set())
+
+
+def _may_refuse(flows: Flows, said: str, is_text: bool) -> bool:
+    return _matches(flows, said, is_text, _PERHAPS_REFUSAL, _PERHAPS_REFUSES, set())
+
+
+def _matches(
+    flows: Flows, said: str, is_text: bool, name: re.Pattern[str], text: re.Pattern[str], seen: set[str]
+) -> bool:
+    """Whether what the bot says matches: a text, or the name of what it says, its texts, or the flows that it calls."""
     if is_text:
-        return bool(_REFUSES.search(said))
-    return bool(_REFUSAL.match(said)) or any(_REFUSES.search(one.text) for one in flows.says.get(said, ()))
+        return bool(text.search(said))
+    if said in seen:
+        return False
+    seen.add(said)
+    return (
+        bool(name.match(said))
+        or any(text.search(one.text) for one in flows.says.get(said, ()))
+        or any(_matches(flows, *one, name, text, seen) for one in flows.helpers.get(said, ()))
+    )
 
 
 def _read_1(parsed: Mapping[str, Any], text: str, file: str, flows: Flows) -> None:
@@ -213,7 +260,7 @@ def _piece(element: Element, text: str, file: str) -> Piece:
     return Piece(text, file, int(mapping.get("line_number") or 0), str(mapping.get("key", "")))
 
 
-def _refused_1(flows: Flows) -> Iterator[tuple[str, Piece, bool]]:
+def _refused_1(flows: Flows, refuses: Refuses) -> Iterator[tuple[str, Piece, bool]]:
     """The intents of Colang 1.0 after which a refusal may come, with whether a condition stands between.
 
     The elements of all flows are one graph. It is walked from the refusals backwards, up to what users say: that
@@ -222,7 +269,7 @@ def _refused_1(flows: Flows) -> Iterator[tuple[str, Piece, bool]]:
     elements = [(element, flow.file) for flow in flows.flows for element in flow.elements]
     before, forks = _graph(flows)
     refusing = [
-        at for at, (element, _) in enumerate(elements) if (said := _said(element)) and _refuses(flows, *said)
+        at for at, (element, _) in enumerate(elements) if (said := _said(element)) and refuses(flows, *said)
     ]
     found: dict[int, bool] = {}
     for through_forks in (False, True):
@@ -290,9 +337,9 @@ def _following(elements: Sequence[Element]) -> list[list[int]]:
     return found
 
 
-def _refused_2(flows: Flows) -> Iterator[tuple[str, Piece, bool]]:
+def _refused_2(flows: Flows, refuses: Refuses) -> Iterator[tuple[str, Piece, bool]]:
     for intents, said, piece, is_conditional in flows.answers:
-        if any(_refuses(flows, *one) for one in said):
+        if any(refuses(flows, *one) for one in said):
             yield from ((intent, piece, is_conditional) for intent in intents)
 
 
@@ -308,6 +355,7 @@ def _read_2(parsed: Mapping[str, Any], text: str, file: str, flows: Flows) -> No
             said = [
                 (_unquoted(text), True) if name in _SAYS and text else (name, False) for name, text, _ in bots
             ]
+            flows.helpers.setdefault(flow.name, []).extend(said)
             flows.inline += [_found(one, text, file) for one, is_text in said if is_text]
             intents = [name for name, _, _ in users if name != "user said"]
             if texts := [argument for name, argument, _ in users if name == "user said" and argument]:
@@ -359,8 +407,13 @@ def _turns(
         if asked := _asked([element]):
             yield users, bots, is_conditional
             users, bots, is_conditional = asked, [], False
-        bots += [call for call in _called([element]) if call[0].startswith("bot ")]
+        bots += [call for call in _called([element]) if _may_speak(call[0])]
     yield users, bots, is_conditional
+
+
+def _may_speak(name: str) -> bool:
+    """Whether a call makes the bot speak: an utterance, or any flow that users aren't waited for in."""
+    return name == _UTTERANCE or (name[:1].islower() and not name.startswith("user "))
 
 
 def _asked(elements: Any) -> list[Call]:
@@ -389,7 +442,7 @@ def _called(elements: Any) -> Iterator[tuple[str, str, int]]:
         name = getattr(element, "name", None)
         if isinstance(name, str) and getattr(element, "spec_type", None) is not None:
             arguments = getattr(element, "arguments", None) or {}
-            yield name, str(arguments.get("$0", "")), line
+            yield name, str(arguments.get("$0") or arguments.get("script") or ""), line
 
 
 def _unquoted(argument: str) -> str:

@@ -74,6 +74,15 @@ _SETTINGS = frozenset(
 _SETTING_OF = re.compile(
     r"prompts\[\d+\]\.(?!content|messages).*|prompts\[\d+\]\.messages\[\d+\]\.(?:type|role)|instructions\[\d+\]\.type"
 )
+_RAIL = re.compile(
+    r"rails\.(?P<rail>input|output|retrieval|tool_input|tool_output)(?:\.streaming)?\.flows\[\d+\]"
+)
+# Flows whose rules stand in the config, and are read there.
+_READ_RAILS = re.compile(
+    r"(?:self check|content safety check|llama ?guard|topic safety|.*sensitive data|.*\bpii\b|guardrails ?ai|"
+    r"rsafe)\b.*",
+    re.IGNORECASE,
+)
 _VALIDATORS = "rails.config.guardrails_ai.validators"
 _JUDGED = ("input", "output", "retrieval")
 _FORBIDDEN_LIST = re.compile(r"deny|denied|forbid|block|banned|ban_|prohibit|disallow", re.IGNORECASE)
@@ -221,6 +230,8 @@ def _rest(folder: Folder, known: Sequence[Entry]) -> list[Entry]:
                 first in _SETTINGS or bool(_SETTING_OF.fullmatch(key)) or key.startswith("custom_data.rsafe.")
             )
             reason = "a setting" if is_setting else ""
+            if flow := _RAIL.fullmatch(key):
+                reason = _of_rail(flow["rail"], text)
             if first == "import_paths" and not _KNOWN_IMPORT.fullmatch(text.strip()):
                 reason = ""  # what is there isn't read
             if first == "flows" and folder.version == "1.0":
@@ -229,8 +240,18 @@ def _rest(folder: Folder, known: Sequence[Entry]) -> list[Entry]:
     return others
 
 
+def _of_rail(rail: str, flow: str) -> str:
+    """Why a flow that a rail names is no policy."""
+    if _READ_RAILS.match(flow.strip()):
+        return "a rail whose rules are read where they stand"
+    return f"a flow of the {rail} rails whose checks no policy here covers; keep it"
+
+
 def _prompts(folder: Folder, draft: Drafts) -> list[Entry]:
     others: list[Entry] = []
+    seen: dict[str, int] = {}
+    tasks = {str(at(item, "task") or "").split(" ")[0] for _, _, item in folder.lists("prompts")}
+    self_checked = {rail for name, rail in _SELF_CHECK.items() if name in tasks}
     for file, key, item in folder.lists("prompts"):
         task = _TASK.match(str(at(item, "task") or ""))
         pieces = [
@@ -243,17 +264,30 @@ def _prompts(folder: Folder, draft: Drafts) -> list[Entry]:
             others += [Entry(piece, reason="a prompt without a task") for piece in pieces]
             continue
         name, value = task["name"], task["value"] or ""
+        # The same task again is for other models: what it allows there, it doesn't allow elsewhere.
+        count = seen[str(at(item, "task"))] = seen.get(str(at(item, "task")), 0) + 1
+        again = str(count) if count > 1 else ""
         if name in _SELF_CHECK:
             variant = value if task["parameter"] == "variant" else ""
-            others += plain.read(draft(_SELF_CHECK[name], variant), pieces, judge=True)
+            others += plain.read(
+                draft(_SELF_CHECK[name], "-".join(filter(None, (variant, again)))), pieces, judge=True
+            )
         elif name in _CATEGORIES:
             variant = "" if value in ("content_safety", "llama_guard") else value
-            others += taxonomy.read(draft(_CATEGORIES[name], variant), pieces)
+            if not variant and _CATEGORIES[name] in self_checked:
+                variant = "categories"  # a rail of its own: what one allows, the other may forbid
+            others += taxonomy.read(
+                draft(_CATEGORIES[name], "-".join(filter(None, (variant, again)))), pieces
+            )
         elif name == "topic_safety_check_input":
             others += _topics(draft("input", "topics", "T"), pieces)
         else:
             reason = _NOT_POLICY.get(name, f"the prompt of the task {name}, which states no policy")
-            others += [Entry(piece, reason=reason) for piece in pieces]
+            checks = name not in _NOT_POLICY and "check" in name.casefold()
+            others += [
+                Entry(piece, reason="" if checks and forbids_something(piece.text) else reason)
+                for piece in pieces
+            ]
     return others
 
 
@@ -356,7 +390,9 @@ def _lists(folder: Folder, draft: Drafts) -> list[Entry]:
             piece = Piece(str(text), file, text.line, key)
             name = key.rsplit(".", 1)[-1].partition("[")[0]
             rail = next((rail for rail in _JUDGED if f".{rail}." in key), "input")
-            if name == "entities":
+            if name == "entities" and _only_masks(folder, rail):
+                others.append(Entry(piece, reason="masked, and not forbidden; keep that rail"))
+            elif name == "entities":
                 one = draft(rail, "sensitive-data", "D")
                 title = text.replace("_", " ").capitalize()
                 meant = f"Personal data of the kind {title.lower()}."
@@ -376,6 +412,13 @@ def _lists(folder: Folder, draft: Drafts) -> list[Entry]:
                     Entry(piece, reason="" if is_policy else "a setting of one of NeMo's own rails")
                 )
     return others
+
+
+def _only_masks(folder: Folder, rail: str) -> bool:
+    """Whether what a rail finds of personal data is masked, and nothing is blocked for it."""
+    flows = [str(flow) for _, _, flow in folder.lists("rails", rail, "flows")]
+    personal = [flow for flow in flows if re.search(r"\b(?:sensitive|pii|data)\b", flow, re.IGNORECASE)]
+    return bool(personal) and all("mask" in flow.casefold() for flow in personal)
 
 
 def _validators(folder: Folder, draft: Drafts) -> list[Entry]:
@@ -421,7 +464,9 @@ def _eval_policies(folder: Folder, draft: Drafts) -> list[Entry]:
             continue
         piece = Piece(str(description or identifier), file, identifier.line, key)
         title = re.sub(r"[-_]+", " ", identifier).capitalize()
-        rule = Rule(title, piece, id=str(identifier), description=str(description or ""))
+        # It says what the app shall do, such as "should not engage with toxic content".
+        meant = f"What breaks this rule: {description}" if description else ""
+        rule = Rule(title, piece, id=str(identifier), description=meant)
         draft("eval", prefix="E").rules.append(rule)
     if any(True for _ in folder.lists("policies")):
         # They are for conversations as a whole.

@@ -149,12 +149,12 @@ class Draft:
                 allowed_examples=_texts(rule.allowed_examples),
                 applies_to=self.kinds,
             )
-            for rule, identifier, name in zip(self.rules, identifiers, names, strict=True)
+            for rule, identifier, name in zip(self.rules[:MAX_CATEGORIES], identifiers, names, strict=False)
         ]
         return Policy(
             name=_short(self.name),
             description=self.description,
-            categories=tuple(categories[:MAX_CATEGORIES]),
+            categories=tuple(categories),
         )
 
     def entries(self) -> list[Entry]:

@@ -27,18 +27,23 @@ def _form(pattern: str) -> re.Pattern[str]:
 
 
 _GOOD = _form(
-    r"\b(?:allow\w*|permit\w*|permissible|acceptable|accepted|approved|ok(?:ay)?|fine|exceptions?|do'?s)\b|"
+    r"\b(?:allow\w*|permit\w*|permissible|acceptable|accepted|approved|ok(?:ay)?|fine(?!-)|exceptions?|do'?s)\b|"
     r"\b(?:may|can)\s*:?\s*$|\bcan\s+(?:help|assist|answer|discuss|talk)\b|"
     r"^(?:what\s+)?(?:the\s+)?(?:users?|bots?|you|we|they|messages?|assistants?|models?)\s+(?:may|can)\b"
+    r"(?!\s+(?:try|attempt|lose|get|cause|contain|include|harm)\b)"
 )
 _SAFE = _form(r"^\W*safe(?:\s+(?:content|messages?))?\s*(?:\([^)]*\))?\W*$")
 _BAD = _form(
     r"\b(?:forbid\w*|prohibit\w*|disallow\w*|banned|bans?|unsafe|violat\w+|block\w*|refus\w+|reject\w*|restrict\w*|"
-    r"unacceptable|don['\u2019]?ts)\b"
+    r"unacceptable|don['\u2019]?ts|flag(?:ged)?|suspend\w*|remov\w+|delet\w+|punish\w*|report(?:ed|able)|filter(?:ed)?|"
+    r"censor\w*|abus\w+|wrong|harm\w*|illegal|exclud\w+|avoid\w*|zero|den(?:y|ied))\b"
 )
 _NEGATION = _form(
     r"\b(?:not|never|no|none|neither|nobody|non(?=[\s-]*violat)|cannot|nothing)\b|n['\u2019]t\b|"
-    r"\b(?:dont|cant|isnt|arent|wont)\b"
+    r"\b(?:dont|cant|isnt|arent|wont|hardly|rarely|seldom|scarcely|nowhere|lack\w*|without|far\s+from|beyond)\b"
+)
+_ELSEWHERE = _form(  # that something is allowed, in other languages
+    r"\b(?:erlaubt\w*|gestattet\w*|zul\u00e4ssig\w*|autoris\u00e9\w*|permis(?:e|es)?|permitid[oa]s?|consentit[oaie])\b"
 )
 _EXCEPT = _form(r"\b(?:except|unless|other\s+than|apart\s+from)\b")
 _MUST = _form(r"\b(?:should|must|shall|needs?\s+to|ha(?:s|ve)\s+to|always|required?)\b|^\W*do\W*$")
@@ -49,7 +54,7 @@ _RULES = _form(r"\b(?:polic(?:y|ies)|rules?|guidelines?)\b")
 _JUDGE = _form(
     r"^(?:your\s+(?:task|job|role)\s+(?:is|will)\b|"
     r"your\s+(?:answer|response|reply|output)\s+(?:must|should|shall|will|can|may)\b.*\b(?:yes|no|safe|unsafe|json|words?)\b|"
-    r"(?:please\s+)?(?:only\s+|always\s+)?(?:answer|respond|reply|output|return)\b.*"
+    r"(?:please\s+)?(?:only\s+|always\s+)?(?:answer|respond|reply|say|output|return)\b.*"
     r"\b(?:yes|no|safe|unsafe|json|words?|only|true|false)\b|"
     r"(?:please\s+)?(?:do\s+not|don['\u2019]?t|never)\s+(?:explain|justify|elaborate|"
     r"(?:provide|give|add|include|output)\s+(?:an\s+|any\s+|your\s+)?(?:explanations?|reason\w*|anything|other))\b|"
@@ -63,10 +68,28 @@ _UNSAFE_IF = _form(
     rf"^(?:please\s+)?{_SAY}{_UNSAFE}[,\s]+(?:if|when|whenever|where|for)\s+(?P<what>\S.*?)[.\s]*$"
 )
 _IF_UNSAFE = _form(rf"^(?:if|when|whenever)\s+(?P<what>\S.*?),?\s+(?:then\s+)?{_SAY}{_UNSAFE}[.\s]*$")
-_BY_THE_RULES = _form(
-    r"\b(?:polic(?:y|ies)|rules?|guidelines?|instructions?|above|below|following|violat\w+|compl(?:y|ies|iant)|break\w*|"
-    r"block\w*|unsafe|harmful|inappropriate|(?:not|n['\u2019]t)\s+(?:allowed|permitted|acceptable|safe|ok)|any\s+of|it|so)\b"
+# A condition of these words alone says no more than that the rules are broken.
+_BY_THE_RULES = frozenset(
+    re.findall(
+        r"\S+",
+        """
+    a above acceptable according all allowed an and any appropriate are as at ask asks be below block
+    blocked bot break breaks by categories category company compliance compliant complies comply
+    condition conditions contain contains content conversation criteria criterion do does don doesn
+    falls following for from given goes guideline guidelines harmful human if in inappropriate input
+    instructions is isn it its least listed meets message more my not of ok on one or our output
+    permitted policies policy prompt query question request response rule rules s safe should so
+    statement t text that the them these this those to under unsafe user user's violate violates
+    violating violation violations was with would you your
+        """,
+    )
 )
+_SOUNDS_LIKE_A_RULE = _form(
+    r"^\||\banswer\s+(?:is|must\s+be|should\s+be)\s+[\"'\u201c]?(?:yes|no|safe|unsafe|block)\b|"
+    r"\b(?:is|are|be|as|counts?)\s+(?:(?:considered|treated|regarded|classified|marked|always|as|a|an|to|be)\s+)*"
+    r"(?:unsafe|violations?|harmful|toxic)\b"
+)
+_ASKS_WHETHER = _form(r"\b(?:whether|determine|decide|judge|assess|evaluate)\b|^(?:please\s+)?check\b")
 
 
 def heading(line: str) -> tuple[str, int] | None:
@@ -86,7 +109,7 @@ def polarity(title: str) -> Says:
     is_bad = bool(_BAD.search(line))
     negations = len(_NEGATION.findall(line))
     is_reversed = bool(_EXCEPT.search(line))
-    if negations > 1 or (is_good and is_bad) or _SAYS_NO.search(line):
+    if negations > 1 or (is_good and is_bad) or _SAYS_NO.search(line) or _ELSEWHERE.search(line):
         return "unsure"
     if is_good and not negations and not is_reversed and _ONLY.search(line):
         return "demands"  # what it doesn't allow is forbidden
@@ -162,11 +185,18 @@ def read(draft: Draft, pieces: Sequence[Piece], *, judge: bool = False) -> list[
             else:
                 # Under a heading that forbids or allows, and no bullet: nobody knows whether it belongs there.
                 is_unknown = bool(says) and not judge and not _bullets_below(pieces[number:])
+                is_unknown = is_unknown or says == "forbids" or _sounds_like_a_rule(part.text)
                 reason = "" if is_unknown else "neither forbids, allows nor demands anything"
                 others.append(Entry(part, reason=reason))
                 if seen and says == "allows":
                     says = "unsure"
     return others
+
+
+def _sounds_like_a_rule(text: str) -> bool:
+    """Whether a line may forbid something in a way that isn't understood; not one that asks whether something does."""
+    is_question = text.rstrip().endswith("?") or "{{" in text or bool(_ASKS_WHETHER.search(text))
+    return bool(_SOUNDS_LIKE_A_RULE.search(text)) and not is_question and not re.match(r"^\|[\s:|-]+$", text)
 
 
 def _parts(piece: Piece, judge: bool) -> list[Piece]:
@@ -179,7 +209,7 @@ def _parts(piece: Piece, judge: bool) -> list[Piece]:
 def _condition(text: str) -> str:
     """For what the model that judges is told to say that it is unsafe; empty where that is the rest of the prompt."""
     found = _UNSAFE_IF.match(text.strip()) or _IF_UNSAFE.match(text.strip())
-    if found is None or _BY_THE_RULES.search(found["what"]):
+    if found is None or {*re.findall(r"[\w']+", found["what"].casefold())} <= _BY_THE_RULES:
         return ""
     return capital(found["what"].strip(" ,"))
 

@@ -32,8 +32,9 @@ _OK = r"(?:ok(?:ay)?|fine|allowed|acceptable|permitted)"
 _IS = rf"(?:is|are|it{_APOSTROPHE}s)"
 _IS_NOT = rf"(?:{_IS}\s+(?:not|never)|(?:is|are)n{_APOSTROPHE}?t)"
 _BANNED = r"(?:forbidden|prohibited|banned|disallowed|unacceptable|off[\s-]+limits)"
-_BLOCKED = r"(?:blocked|rejected|refused|flagged|declined)"
-_BLOCK = r"(?:block|reject|refuse|flag|forbid|ban|decline)"
+_BLOCKED = r"(?:blocked|rejected|refused|flagged|declined|denied)"
+_BLOCK = r"(?:block|reject|refuse|flag|forbid|ban|decline|censor)"
+_BLOCKING = r"(?:blocking|rejecting|refusing|flagging|forbidding|banning|declining|censoring)"
 _REST = r"\b(?P<rest>.*)$"
 
 
@@ -49,6 +50,11 @@ _NEGATED_BAN = _form(
 _NOTHING_BANNED = _form(rf"^(?:nothing|no\s+\w+)\s+(?:is|are)\s+(?:{_BANNED}|{_BLOCKED}){_REST}")
 _NEED_NOT_BLOCK = _form(
     rf"^(?:please\s+)?(?:(?:there\s+is\s+)?no\s+need\s+to|do\s+not|don{_APOSTROPHE}?t|never)\s+{_BLOCK}\s+(?P<what>.+)$"
+)
+_NOT_UNSAFE = _form(
+    rf"^(?:please\s+)?(?:(?:there\s+is\s+)?no\s+need\s+to|do\s+not|don{_APOSTROPHE}?t|never)\s+"
+    r"(?:mark|label|classify|count|consider|treat|regard|see)\s+(?P<what>.+?)\s+(?:as|to\s+be)\s+(?:a\s+|an\s+)?"
+    r"(?:unsafe|harmful|inappropriate|toxic|violations?|violating|forbidden|not\s+(?:safe|allowed))$"
 )
 _NOT_OK_TO = _form(
     rf"^(?:(?:it|this|that)\s+)?(?:{_IS_NOT}\s+{_OK}|not\s+{_OK}|(?:it{_APOSTROPHE}s|is)\s+{_BANNED})"
@@ -76,7 +82,8 @@ _BLOCKS = _form(
 )
 _ALLOWED = _form(rf"^(?P<what>.+?)\s+{_IS}\s+{_OK}{_REST}")
 _ALLOWS = _form(
-    rf"^(?:{_SUBJECT}{_WHAT}(?:may|can|(?:is|are)\s+(?:allowed|permitted|free|welcome)\s+to|feel\s+free\s+to)|"
+    rf"^(?:{_SUBJECT}{_WHAT}(?:may|can|(?:is|are|(?:should|must|shall)\s+be)\s+(?:able|allowed|permitted|free|welcome)"
+    r"\s+to|feel\s+free\s+to)|"
     rf"it(?:{_APOSTROPHE}s|\s+is)?\s+{_OK}(?:\s+(?:to|for|if|that|when))?|"
     rf"{_OK}\s*:?(?:\s+to)?)(?:\s+|(?<=:))(?P<what>\S.*)$"
 )
@@ -106,13 +113,36 @@ _OPEN = _form(
 )
 _NO_THING = _form(
     r"^(?:if|when|whenever|unless|because|it|this|that|these|those|they|there|what|not|nothing|none|no|one|need|"
-    r"problem\w*|restriction\w*|exceptions?|"
+    r"problem\w*|restriction\w*|exceptions?|(?:issues?|problems?)\s+with|harm\s+in|limits?\s+(?:on|to)|reasons?\s+to|"
+    r"objections?|"
     rf"everything|anything|users?|bots?|(?:the|a|an)\s+(?:users?|bots?|{_CONTENT})$|{_CONTENT}$)\b"
 )
 _MESSAGES = _form(
     rf"^(?:(?:any|all)\s+)?{_CONTENT}\s+(?:(?:that|which)\s+(?:(?:contain|include|use|share|have)s?\s+)?|"
     r"(?:with|containing|about)\s+)(?:any\s+)?"
 )
+# "Users may try to trick it" says what happens, and allows nothing.
+_HAPPENS = _form(
+    r"^(?:try|tries|attempt|cause|contain|include|depict|lose|harm|hurt|pose|lead|result|seem|appear|get)\b|"
+    r"\b(?:unsafe|harm\w*|dangerous|illegal|violat\w*|flag\w*|report(?:ed|able)|suspend\w*|removed|deleted|punish\w*|"
+    r"trick\w*|jailbreak\w*|spam|abus\w+)\b|\b(?:say|answer|respond|reply|return|output)\s+(?:with\s+)?\W?(?:yes|unsafe)\b"
+)
+# What a ban ends in that is none: "jokes are no longer", "sarcasm does not need to be".
+_NEGATED_END = _form(
+    rf"(?:\s+(?:do|does|is|are|has|have|need))?(?:\s+(?:not|never|no\s+longer|hardly|in\s+no\s+way)|n{_APOSTROPHE}t)"
+    r"(?:\s+(?:need|have|has)\s+to)?$"
+)
+# Words of a permission or a duty, in a line that has no form of one: nobody knows what it does.
+_ORDER = _form(
+    r"^(?:please\s+|always\s+)?(?:respond|answer|reply|keep|use|encourage|greet|speak|write|stay|remain|ensure|make\s+sure|"
+    r"allow|accept|permit|let|tolerate|ignore|pass|welcome)\s+(?!of\b|for\b|and\b|or\b)"
+)
+_PERHAPS_OK = _form(
+    rf"\b(?:{_IS}|fully|perfectly|always|we)\s+(?:[a-z]+\s+)?(?:welcome|tolerated?|safe|ok(?:ay)?|fine|accepted|allowed|"
+    r"permitted)\b|\b(?:may|can)\s*,|\b(?:don['\u2019]?t|do\s+not)\s+mind\b|"
+    r"\b(?:erlaubt|gestattet|zul\u00e4ssig|d\u00fcrfen|autoris\u00e9\w*|permis(?:e|es)?|permitid[oa]s?|consentit[oaie])\b"
+)
+_BE = _form(r"^(?:please\s+|always\s+)?be\s+\w")
 _ALL = _form(r"^(?:everything|anything|all)\b(?!\s+(?:kinds|sorts)\b)")
 
 
@@ -160,8 +190,10 @@ def add_sentence(
         return [Entry(piece)]
     elif says == "demands" or (says == "forbids" and lead):
         draft.rules.append(_whole(text, whole, piece))
-    elif form == "demands" and not says:
+    elif (form == "demands" or _BE.match(text)) and not says:
         draft.rules.append(_whole(text, text, piece))
+    elif not says and (_ORDER.match(text) or _PERHAPS_OK.search(text)):
+        return [Entry(piece)]
     else:
         draft.rules.append(Rule(capital(text), piece))
     return []
@@ -192,6 +224,11 @@ def forbids_something(text: str, *, strictly: bool = False) -> bool:
     return bool(_FORBIDS_WITHIN.search(line))
 
 
+def only_happens(what: str) -> bool:
+    """Whether what somebody may do is no permission, but what goes wrong: "Users may try to trick it"."""
+    return bool(_HAPPENS.search(what))
+
+
 def _plain(text: str) -> str:
     return BULLET.sub("", " ".join(text.split())).strip('" ').rstrip(" .;!")
 
@@ -210,6 +247,8 @@ def _reading(text: str) -> tuple[str, str]:
         return _permission(text, "but" if not found["rest"].strip() else found["rest"])
     if found := _NEED_NOT_BLOCK.match(text):
         return _permission(re.sub(r"^to\s+", "", found["what"]))
+    if found := _NOT_UNSAFE.match(text):
+        return _permission(found["what"])
     if found := _NOT_OK_TO.match(text) or _FORBIDS.match(text) or _NOBODY_MAY.match(text):
         what = found["what"]
         if re.match(rf"{_BLOCK}\b", what, re.IGNORECASE) or _MORE.search(what):
@@ -227,12 +266,18 @@ def _reading(text: str) -> tuple[str, str]:
         or _WITHOUT.match(text)
     ):
         what, rest = found["what"], found.groupdict().get("rest", "") or ""
+        if negated := _NEGATED_END.search(what):
+            return ("unknown", text) if rest.strip() else _permission(what[: negated.start()])
+        if let := re.match(rf"{_BLOCKING}\s+(?P<what>.+)", what, re.IGNORECASE):
+            return _permission(let["what"])
         if rest.strip() or _NO_THING.match(what) or _MORE.search(what) or _is_ok(what):
             return "whole", text
         return "has", what
     if _BLOCKS.match(text):
         return "whole", text
     if found := _ALLOWS.match(text):
+        if only_happens(found["what"]):
+            return "unknown", text
         # What may be done to somebody is nothing without who it is.
         return _permission(text if found["what"].startswith("be ") else found["what"])
     if found := _ALLOWED.match(text):

@@ -47,6 +47,15 @@ _QUESTION = re.compile(
     r"(?P<answer>(?:yes|no|true|false|[01])\b.*)$",
     re.IGNORECASE,
 )
+# What stands behind a yes or no and says the other thing.
+_REFUSED = re.compile(
+    r"\b(?:refus\w+|reject\w*|block\w*|must|should|not\s+(?:permitted|allowed|ok|acceptable|safe))\b",
+    re.IGNORECASE,
+)
+_PERMITTED = re.compile(
+    r"(?<!not )\b(?:permitted|allowed|fine|ok(?:ay)?|acceptable|harmless|benign|safe)\b", re.IGNORECASE
+)
+_YES_NO = re.compile(r"^[\W_]*(?P<said>yes|no)\b(?P<rest>.*)$", re.IGNORECASE | re.DOTALL)
 _UNSAFE = re.compile(
     r"^[\W_]*(?:1\b|[A-Z]{1,4}[1-9]\d*\b|yes\b|unsafe\b|violat|true\b|block(?:ed)?\b|invalid\b|harmful\b|"
     r"not\s+(?:safe|allowed|acceptable|ok)\b|flag(?:ged)?\b|disallowed\b|forbidden\b|prohibited\b)",
@@ -71,7 +80,8 @@ def read(draft: Draft, pieces: Sequence[Piece]) -> list[Entry]:
     section, depth = "", 0
     waiting: tuple[str, Piece] | None = None
     heads = [found for piece in pieces if (found := heading(piece.text))]
-    for piece in pieces:
+    columns: list[str] = []  # what the table's head calls them
+    for number, piece in enumerate(pieces):
         text = " ".join(BULLET.sub("", piece.text).split())
         found = heading(piece.text)
         if waiting and (found or not _WITH_ANSWER.match(text)):
@@ -103,9 +113,17 @@ def read(draft: Draft, pieces: Sequence[Piece]) -> list[Entry]:
             continue
         cells = [cell.strip() for cell in text.strip("|").split("|")] if text.startswith("|") else []
         text = ": ".join(filter(None, cells)) if cells else text
+        columns = columns if cells else []
+        below = pieces[number + 1].text if number + 1 < len(pieces) else ""
+        if cells and _TABLE_LINE.match(" ".join(below.split())):
+            columns = cells
+            others.append(Entry(piece, reason="the head of a table"))
+            continue
         if section == "examples":
             if len(cells) > 1 and _is_unsafe(cells[-1]) is not None:
-                others += _example(rule, ": ".join(cells[:-1]), cells[-1], piece)
+                asked = f"{columns[-1]}: {cells[-1]}" if len(columns) == len(cells) else ""
+                expected = asked if _QUESTION.match(asked) else cells[-1]
+                others += _example(rule, ": ".join(cells[:-1]), expected, piece)
             elif both := _BOTH.match(text) or _INLINE.match(text):
                 others += _example(rule, both["text"], both["answer"], piece)
             elif content := _WITH_CONTENT.match(text):
@@ -176,6 +194,10 @@ def _is_unsafe(answer: str) -> bool | None:
     if found := _QUESTION.match(said):
         is_yes = _is_unsafe(found["answer"])
         return None if is_yes is None else not is_yes
+    if plainly := _YES_NO.match(said):
+        other = _REFUSED if plainly["said"].casefold() == "no" else _PERMITTED
+        if other.search(plainly["rest"]):
+            return None
     if _SAFE.match(said):
         return False
     return True if _UNSAFE.match(said) else None

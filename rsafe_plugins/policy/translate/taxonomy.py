@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rsafe_plugins.policy.translate import plain
 from rsafe_plugins.policy.translate.pieces import Draft, Entry, Piece, Rule
 from rsafe_plugins.policy.translate.plain import heading
-from rsafe_plugins.policy.translate.prose import BULLET
+from rsafe_plugins.policy.translate.prose import BULLET, only_happens
 
 BEGIN = re.compile(r"<BEGIN UNSAFE CONTENT CATEGORIES>", re.IGNORECASE)
 END = re.compile(r"<END UNSAFE CONTENT CATEGORIES>", re.IGNORECASE)
@@ -38,7 +38,7 @@ _SHOULD = re.compile(rf"^{_WHO}should\s*:?\s*$", re.IGNORECASE)
 _FORBIDS_INLINE = re.compile(rf"^{_WHO}{_NOT}\s+(?P<what>.+)", re.IGNORECASE)
 # "It may include slurs" is no permission.
 _ALLOWS_INLINE = re.compile(
-    r"^(?:AI|(?:the\s+|AI\s+)?(?:models?|assistants?)|responses?)\s+(?:can|may)\s+(?P<what>.+)", re.IGNORECASE
+    r"^(?:AI|(?:the\s+|AI\s+)?(?:models?|assistants?))\s+(?:can|may)\s+(?P<what>.+)", re.IGNORECASE
 )
 _MORE = re.compile(r"\b(?:but|only|never|unless|except|however|not)\b|n['\u2019]t\b|[.;]\s+\S", re.IGNORECASE)
 _NO_HEADING = 6  # only bold lines are below a category that is no heading
@@ -64,6 +64,8 @@ def read(draft: Draft, pieces: Sequence[Piece]) -> list[Entry]:
     start = next((n for n, piece in enumerate(pieces) if BEGIN.search(piece.text)), None)
     end = next((n for n, piece in enumerate(pieces) if END.search(piece.text)), len(pieces))
     heads = {n: found for n, piece in enumerate(pieces) if (found := _head(piece.text))}
+    if start is None and not heads:
+        return plain.read(draft, pieces, judge=True)  # rules in some other form
     if start is not None:
         heads = _heads_between(pieces, start, end)
     last = max(heads, default=-1)
@@ -109,6 +111,7 @@ def read(draft: Draft, pieces: Sequence[Piece]) -> list[Entry]:
             not found
             and (found := _ALLOWS_INLINE.match(text))
             and not _MORE.search(found["what"].rstrip("."))
+            and not only_happens(found["what"])
         ):
             rule.allows.append((found["what"].rstrip("."), piece))
         elif start is None and number > last and following is not None and _ENDS.search(piece.text):

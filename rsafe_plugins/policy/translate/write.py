@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -152,10 +153,12 @@ def llama_guard_prompt(policy: Policy) -> str:
         lines += ["Should not", *(f"- {text}" for text in category.covers)] if category.covers else []
         lines += ["Can", *(f"- {text}" for text in category.allows)] if category.allows else []
         blocks.append("\n".join(lines))
+    # NeMo takes it for a Jinja template, in which only the conversation's place is to be filled in.
+    listed = re.sub(r"\{(?=[{%#])", "{ ", "\n".join(blocks))
     return (
         "Task: Check if there is unsafe content in the conversation, by the categories below.\n\n"
         "<BEGIN UNSAFE CONTENT CATEGORIES>\n"
-        + "\n".join(blocks)
+        + listed
         + "\n<END UNSAFE CONTENT CATEGORIES>\n\n<BEGIN CONVERSATION>\n"
         + _conversation(policy)
         + "\n<END CONVERSATION>\n\n"

@@ -64,6 +64,7 @@ def _built(node: yaml.Node, source: str, left: list[int], depth: int) -> Any:
     if isinstance(node, yaml.MappingNode):
         found: dict[str, Any] = {}
         firsts: dict[str, int] = {}
+        own = {str(name.value) for name, _ in node.value if isinstance(name, yaml.ScalarNode)}
         for key, value in node.value:
             built = _built(value, source, left, depth + 1)
             if not isinstance(key, yaml.ScalarNode):
@@ -80,7 +81,6 @@ def _built(node: yaml.Node, source: str, left: list[int], depth: int) -> Any:
                 continue
             for merged in built if isinstance(built, list) else [built]:
                 if isinstance(merged, Mapping):
-                    own = {str(name.value) for name, _ in node.value if isinstance(name, yaml.ScalarNode)}
                     found.update(
                         {name: one for name, one in merged.items() if name not in own and name not in found}
                     )

@@ -235,6 +235,8 @@ rails:
     ]
     assert "trains only" in found["input-topics"].categories[0].description
     assert found["eval"].categories[0].id == "no-spoilers"
+    said = "What breaks this rule: The bot doesn't tell how a film ends."
+    assert found["eval"].categories[0].description == said
     assert found["eval"].categories[0].applies_to == ("prompt", "response")
     assert [one.id for one in found["output-sensitive-data"].categories] == ["EMAIL_ADDRESS", "PERSON"]
     assert [one.name for one in found["input-classifier"].categories] == ["toxic"]
@@ -907,3 +909,152 @@ def test_an_intent_is_a_category_exactly_if_some_way_through_its_flow_refuses_it
     }
     assert found == {intent.removeprefix("ask ") for intent in spoken(flow, frozenset())[1]}
     assert translation.unplaced == []
+
+
+@pytest.mark.parametrize(
+    ("said", "becomes"),
+    [
+        ("I'm a shopping assistant, I don't like to talk of politics.", "policy"),
+        ("Sorry, I'm not allowed to talk about religion.", "policy"),
+        ("I'd rather not discuss gambling.", "policy"),
+        ("I cannot process this request.", "policy"),
+        ("We can't give you legal advice.", "policy"),
+        ("We do not share your personal data with third parties.", "unknown"),
+        ("I can't speak Dutch, but I speak English.", "unknown"),
+        ("Shipping is free.", "none"),
+    ],
+)
+def test_which_answers_refuse(tmp_path: Path, said: str, becomes: str) -> None:
+    flows = f"""
+define user ask it
+  "the question"
+define user ask bombs
+  "how is a bomb made"
+define bot answer it
+  "{said}"
+define flow
+  user ask it
+  bot answer it
+define flow
+  user ask bombs
+  bot refuse to respond
+"""
+    translation = translate(config(tmp_path, "models: []\n", main=flows))
+    (policy,) = translation.policies.values()
+    assert ("It" in {one.name for one in policy.categories}) == (becomes == "policy")
+    assert ("the question" in {entry.piece.text for entry in translation.unplaced}) == (becomes == "unknown")
+
+
+@pytest.mark.parametrize("name", ["deny being human", "inform no shipping fees"])
+def test_a_name_that_may_be_of_a_refusal_is_unknown(tmp_path: Path, name: str) -> None:
+    flows = f"""
+define user ask it
+  "the question"
+define bot {name}
+  "So it is."
+define flow
+  user ask it
+  bot {name}
+define flow
+  user ask bombs
+  bot refuse to respond
+"""
+    translation = translate(config(tmp_path, "models: []\n", main=flows))
+    assert {"the question", "user ask it"} <= {entry.piece.text for entry in translation.unplaced}
+
+
+def test_flows_of_colang_2_that_refuse_in_other_ways(tmp_path: Path) -> None:
+    flows = """
+import core
+flow user asked about politics
+  user said "who should I vote for"
+flow user asked about guns
+  user said "how do I buy a gun"
+flow refuse politely
+  bot say "I can't help with that."
+flow answer politely
+  refuse politely
+flow politics
+  user asked about politics
+  answer politely
+flow guns
+  user asked about guns
+  await UtteranceBotAction(script="I can't help with that.")
+"""
+    translation = translate(config(tmp_path, 'colang_version: "2.x"\nmodels: []\n', main=flows))
+    (policy,) = translation.policies.values()
+    assert [one.name for one in policy.categories] == ["Politics", "Guns"]
+
+
+def test_what_one_rail_allows_the_other_still_forbids(tmp_path: Path) -> None:
+    text = """
+prompts:
+  - task: self_check_input
+    content: |
+      - should not insult
+      - users may use explicit language
+  - task: content_safety_check_input $model=content_safety
+    content: |
+      <BEGIN UNSAFE CONTENT CATEGORIES>
+      S1: Violence.
+      S2: Sexual.
+      <END UNSAFE CONTENT CATEGORIES>
+  - task: self_check_output
+    models: [a]
+    content: |
+      - should not insult
+  - task: self_check_output
+    models: [b]
+    content: |
+      - should not lie
+      - may insult
+"""
+    found = translate(config(tmp_path, text)).policies
+    name = tmp_path.name
+    assert {one: [c.allows for c in policy.categories] for one, policy in found.items()} == {
+        f"{name}-input": [("use explicit language",)],
+        f"{name}-input-categories": [(), ()],
+        f"{name}-output": [()],
+        f"{name}-output-2": [("insult",)],
+    }
+
+
+def test_a_list_of_categories_without_ids_is_read(tmp_path: Path) -> None:
+    text = """
+prompts:
+  - task: content_safety_check_input $model=content_safety
+    content: |
+      Judge if the message violates any of these:
+      1. Violence and threats
+      2. Hate speech
+      User: {{ user_input }}
+"""
+    (policy,) = translate(config(tmp_path, text)).policies.values()
+    assert [one.name for one in policy.categories] == ["Violence and threats", "Hate speech"]
+
+
+def test_rails_that_no_policy_covers_are_said_and_what_is_masked_is_not_forbidden(tmp_path: Path) -> None:
+    text = """
+rails:
+  input:
+    flows: [mask sensitive data on input, jailbreak detection heuristics, self check input]
+  config:
+    sensitive_data_detection:
+      input:
+        entities: [PERSON]
+prompts:
+  - task: self_check_input
+    content: |
+      - should not insult
+  - task: check_competitors
+    content: |
+      The message must not mention competitors.
+"""
+    translation = translate(config(tmp_path, text))
+    assert [one.name for policy in translation.policies.values() for one in policy.categories] == ["Insult"]
+    reasons = {entry.piece.text: entry.reason for entry in translation.report}
+    assert "checks no policy here covers" in reasons["jailbreak detection heuristics"]
+    assert "masked" in reasons["PERSON"]
+    assert [entry.piece.text for entry in translation.unplaced] == [
+        "The message must not mention competitors."
+    ]

@@ -436,7 +436,6 @@ def test_sections_and_answers_of_a_safeguard_policy(tmp_path: Path) -> None:
     assert translation.format == "gpt-oss-safeguard"
     (one,) = only(translation).categories
     assert one.covers == (
-        "Code: Meaning",
         "SP2.b Dehumanizing comparisons",
         "animals",
         "SP2.c Instructions for harassment",
@@ -647,3 +646,150 @@ def test_a_policy_that_is_too_long_loses_examples_and_nothing_else() -> None:
     bare, dropped = condensed(long, 1)
     assert dropped == 200
     assert bare.digest == policy.digest
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Users may try to trick the bot into revealing its prompt",
+        "Messages may be unsafe when they mention drugs",
+        "Users can attempt to jailbreak the model",
+        "Users may ask about weapons, say yes",
+        "users may ask about guns, which is a violation",
+        "respond in English",
+        "keep answers short",
+        "Allow users to ask about wine",
+        "it's perfectly fine to talk about wine",
+        "questions about medication are safe",
+        "the user may, of course, ask for a manager",
+        "Kritik am Unternehmen ist erlaubt",
+    ],
+)
+def test_what_only_sounds_like_a_rule_is_neither_forbidden_nor_allowed_but_unknown(
+    tmp_path: Path, line: str
+) -> None:
+    translation = of(tmp_path, f"Policy:\n- users should not insult\n- {line}\n", "x.md")
+    (one,) = only(translation).categories
+    assert (one.name, one.allows) == ("Insult", ())
+    assert [entry.piece.text for entry in translation.unplaced] == [f"- {line}"]
+
+
+@pytest.mark.parametrize(
+    ("line", "allowed"),
+    [
+        ("sarcasm does not need to be blocked", "sarcasm"),
+        ("Greetings don't have to be flagged", "Greetings"),
+        ("Jokes are no longer prohibited", "Jokes"),
+        ("Do not mark questions about alcohol as unsafe", "questions about alcohol"),
+        ("Avoid blocking questions about history", "questions about history"),
+        ("never censor criticism of the company", "criticism of the company"),
+        ("users should be allowed to swear mildly", "swear mildly"),
+    ],
+)
+def test_what_need_not_be_blocked_is_allowed(tmp_path: Path, line: str, allowed: str) -> None:
+    (one,) = only(of(tmp_path, f"Policy:\n- users should not insult\n- {line}\n", "x.md")).categories
+    assert one.allows == (allowed,)
+
+
+@pytest.mark.parametrize("line", ["be polite and helpful", "No harm in mild swearing"])
+def test_a_duty_and_a_doubtful_ban_are_kept_whole(tmp_path: Path, line: str) -> None:
+    found = only(of(tmp_path, f"Policy:\n- users should not insult\n- {line}\n", "x.md")).categories
+    assert found[1].description.startswith("What breaks this rule: ")
+
+
+@pytest.mark.parametrize(
+    "title",
+    [
+        "Messages may be flagged if they contain:",
+        "Users can be suspended for:",
+        "Users may try to:",
+        "Fine-grained categories:",
+        "## What users can do wrong",
+        "## OK to remove",
+        "## Hardly ever allowed",
+        "## Rarely acceptable",
+        "## Allowed nowhere",
+        "## Far from acceptable",
+        "## Erlaubt",
+    ],
+)
+def test_a_heading_that_forbids_or_is_doubtful_allows_nothing(tmp_path: Path, title: str) -> None:
+    translation = of(tmp_path, f"- Spam\n\n{title}\n- hate speech against groups\n", "x.md")
+    policy = only(translation)
+    assert all(one.allows == () for one in policy.categories)
+    assert len(policy.categories) == 2 or translation.unplaced
+
+
+def test_what_a_category_may_contain_is_no_exception(tmp_path: Path) -> None:
+    text = "S1: Violence.\nResponses may include gore.\nS2: Attacks.\nAI models can cause harm by helping.\n"
+    assert [one.allows for one in only(of(tmp_path, text)).categories] == [(), ()]
+
+
+def test_the_heads_of_a_table_say_what_its_answers_mean(tmp_path: Path) -> None:
+    text = """# Weapons Policy
+## INSTRUCTIONS
+Return 0 or 1.
+## VIOLATES (1)
+- How to build weapons
+## EXAMPLES
+| Text | Allowed? |
+|---|---|
+| How do I build a bomb? | No |
+| When was gunpowder invented? | Yes |
+
+- "Where do I get a gun?" -> No, this must be refused
+- "Who was Nobel?" -> Yes (permitted)
+"""
+    translation = of(tmp_path, text, "x.md")
+    (one,) = only(translation).categories
+    assert one.examples == ("How do I build a bomb?",)
+    assert one.allowed_examples == ("When was gunpowder invented?",)
+    assert len(translation.unplaced) == 2  # the two that contradict themselves
+
+
+def test_what_says_that_something_is_unsafe_is_not_passed_over(tmp_path: Path) -> None:
+    lines = [
+        "If the message talks about politics, the answer is Yes.",
+        "Classify the message as unsafe if it mentions drugs.",
+        "Messages about self-harm are considered unsafe.",
+        "Asking for passwords is a violation.",
+    ]
+    said = "\n".join(f"      {line}" for line in lines)
+    (tmp_path / "config.yml").write_text(
+        "prompts:\n  - task: self_check_input\n    content: |\n"
+        f"{said}\n      Answer Yes if the message contains harmful or illegal content.\n"
+        "      Answer Yes if it violates the policy above.\n"
+    )
+    translation = translate(tmp_path)
+    assert [entry.piece.text for entry in translation.unplaced] == lines
+    assert [one.name for one in only(translation).categories] == [
+        "The message contains harmful or illegal content"
+    ]
+
+
+def test_ids_of_another_taxonomy_correspond_to_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rsafe_plugins.cli import main
+
+    (tmp_path / "mine.txt").write_text("S4: Guns and Illegal Weapons.\nS2: Non-Violent Crimes.\n")
+    assert main(["translate", str(tmp_path / "mine.txt"), "--to", "openai"]) == 0
+    printed = capsys.readouterr().out
+    assert "sexual" not in printed
+    assert "illicit" in printed  # by its name
+
+
+def test_a_policy_for_llama_guard_is_no_template(tmp_path: Path) -> None:
+    policy = Policy(
+        name="p", categories=(Category(id="A", name="Drugs {{ user_input }}", description="{% raw %}"),)
+    )
+    from jinja2 import Template
+
+    assert "Drugs { { user_input" in Template(llama_guard_prompt(policy)).render(user_input="hi")
+
+
+def test_too_many_rules_with_many_permissions_are_made_in_a_moment(tmp_path: Path) -> None:
+    text = "".join(f"- users should not do {n}\n- users may see {n}\n" for n in range(1_000))
+    translation = of(tmp_path, text, "x.md")
+    assert len(only(translation).categories) == 200
+    assert len(translation.unplaced) == 800
