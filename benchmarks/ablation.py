@@ -78,30 +78,30 @@ EACH = 100  # items that are drawn of each
 POLICIES = {"Flip rate": (), "with three others": SMALL_POLICIES}
 
 
-def train(variant: Variant, data: Path, items: int, steps: int) -> None:
+def train(variant: Variant, data: Path, items: int, steps: int, out: Path) -> None:
     """The variant's training, in one process."""
     files = training_files(data)
     if variant.after:
-        options = ("--adapter", str(OUT / variant.after / "adapter"), "--set", f"steps={steps}")
-        align("grpo", files[:-1], OUT / variant.name, *options, *variant.options, processes=1)
+        options = ("--adapter", str(out / variant.after / "adapter"), "--set", f"steps={steps}")
+        align("grpo", files[:-1], out / variant.name, *options, *variant.options, processes=1)
     else:
         options = ("--set", f"items={items}", "--set", "dtype=bfloat16")
-        align("warm-start", files, OUT / variant.name, *options, *variant.options, processes=1)
+        align("warm-start", files, out / variant.name, *options, *variant.options, processes=1)
 
 
-def trained(variants: Sequence[Variant], data: Path, items: int, steps: int) -> None:
+def trained(variants: Sequence[Variant], data: Path, items: int, steps: int, out: Path) -> None:
     """All trainings: warm starts first, then what goes on from them; side by side, as many as there are processors."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     at_once = len(variants) if torch.cuda.is_available() else os.cpu_count() or 1
     with ThreadPoolExecutor(at_once) as pool:
         for later in (False, True):
             stage = [variant for variant in variants if bool(variant.after) is later]
-            list(pool.map(lambda variant: train(variant, data, items, steps), stage))
+            list(pool.map(lambda variant: train(variant, data, items, steps, out), stage))
 
 
-def measured(variant: Variant, sets: Path) -> list[str]:
+def measured(variant: Variant, sets: Path, out: Path) -> list[str]:
     """The cells of its row: on each set the area under the ROC curve and F1, and the flip rates."""
-    folder = OUT / variant.name
+    folder = out / variant.name
     adapter, store, fitted = (
         folder / name for name in ("guard-adapter.gguf", "verdicts.jsonl", "fitted.yaml")
     )
@@ -137,19 +137,20 @@ def main() -> None:
         )
     items, steps = int(sys.argv[3]), int(sys.argv[4])
     variants = chosen(sys.argv[5:])
-    trained(variants, folders[0], items, steps)
+    out = OUT / f"{items}-items-{steps}-steps"  # so that a run of another size starts anew
+    trained(variants, folders[0], items, steps, out)
     titles = ["Training", *SETS, *POLICIES]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for variant in variants:
-        lines.append(f"| {' | '.join([variant.title, *measured(variant, folders[1])])} |")
+        lines.append(f"| {' | '.join([variant.title, *measured(variant, folders[1], out)])} |")
         print(lines[-1], flush=True)
     lines += [
         "",
         f"AUROC, F1 at the threshold fitted on held-out items; {items} items, {steps} steps of GRPO; "
         f"{time.strftime('%Y-%m-%d')}, {machine()['cores']} cores ({machine()['cpu']}).",
     ]
-    (OUT / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
-    print(f"Written: {OUT / 'table.md'}")
+    (out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
+    print(f"Written: {out / 'table.md'}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ others. Goes on where it was stopped.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -108,17 +109,26 @@ def _scores(verdicts: Sequence[Verdict]) -> list[float]:
     return [verdict.score or 0.0 for verdict in verdicts]
 
 
+def _digest(*adapters: Path) -> str:
+    """Of the adapters' weights, in short."""
+    files = [adapter / _WEIGHTS if adapter.is_dir() else adapter for adapter in adapters]
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[
+        :8
+    ]
+
+
 def main() -> None:
     if len(sys.argv) < 4:
         sys.exit("Expected: python -m benchmarks.mixture ADAPTER RUN-FOLDER SHARE...")
     before, run, shares = Path(sys.argv[1]), Path(sys.argv[2]), [float(one) for one in sys.argv[3:]]
     held_out, store = run / "held-out.jsonl", OUT / "verdicts.jsonl"
+    out = OUT / _digest(before, run / "adapter")  # so that other adapters aren't taken for these
     lines = [
         f"| Share | AUROC, prompts | responses | documents | {' | '.join(f'at {one}' for one in THRESHOLDS)} |",
         "|---" * (4 + len(THRESHOLDS)) + "|",
     ]
     for share in shares:
-        adapter = OUT / str(share) / "guard-adapter.gguf"
+        adapter = out / str(share) / "guard-adapter.gguf"
         if not adapter.exists():
             mixture(before, run / "adapter", share, adapter.parent)
         fitted = adapter.with_name("fitted.yaml")
@@ -130,8 +140,8 @@ def main() -> None:
         judged = [f"{tasks[task]:.3f}" for task in ("prompt", "response", "document")]
         lines.append(f"| {' | '.join([f'{share:.2f}', *judged, *cells.values()])} |")
         print(lines[-1], flush=True)
-    (OUT / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
-    print(f"Written: {OUT / 'table.md'}")
+    (out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
+    print(f"Written: {out / 'table.md'}")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic_core import PydanticSerializationError
+
 from rsafe_plugins.errors import DataError
 from rsafe_plugins.evaluation.items import LabelledItem, read_items
+from rsafe_plugins.guard.content import Content
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,7 @@ class TrainingFile:
             DataError: The count is no positive whole number.
         """
         path, mark, count = text.rpartition("@")
-        if not mark:
+        if not mark or Path(text).exists():
             return cls(Path(text))
         if not count.isdecimal() or int(count) < 1:
             raise DataError(f"Expected FILE or FILE@COUNT with a count of items, not {text!r}.")
@@ -47,7 +50,7 @@ def read_training_data(files: Sequence[TrainingFile], held_out: int, seed: int) 
 
     Args:
         files: What to read.
-        held_out: Items a file that are never trained on; at most a tenth of it.
+        held_out: Items a file that are never trained on, nor others with their text; at most a tenth of it.
         seed: The same seed draws the same items.
 
     Raises:
@@ -63,19 +66,35 @@ def read_training_data(files: Sequence[TrainingFile], held_out: int, seed: int) 
         data.items.extend(items[first:last])
         data.unused.extend(items[last:])
     everything = [*data.items, *data.unused, *data.held_out]
+    kept = {item.content() for item in data.held_out}
+    for part in (data.items, data.unused):
+        part[:] = [item for item in part if item.content() not in kept]
     if len({item.id for item in everything}) < len(everything):
         raise DataError("Each item needs an id of its own; some ids stand in the data more than once.")
+    _check_characters(everything)
     _check_labels_agree(everything)
+    if not data.items:
+        raise DataError("There is nothing to train on: all items have the texts of those that are held out.")
     labels = {item.label for item in data.items}
     if len(labels) < 2:
         raise DataError(f"Training needs safe and unsafe items; all {len(data.items)} are {labels.pop()}.")
     return data
 
 
-def _check_labels_agree(items: Sequence[LabelledItem]) -> None:
-    first: dict[tuple[str, ...], LabelledItem] = {}
+def _check_characters(items: Sequence[LabelledItem]) -> None:
     for item in items:
-        same = first.setdefault((item.task, item.prompt, item.response, item.document), item)
+        try:
+            item.model_dump_json()
+        except PydanticSerializationError:
+            raise DataError(
+                f"The item {item.id} holds half of a surrogate pair, which no file can hold: mend its text."
+            ) from None
+
+
+def _check_labels_agree(items: Sequence[LabelledItem]) -> None:
+    first: dict[Content, LabelledItem] = {}
+    for item in items:
+        same = first.setdefault(item.content(), item)
         if same.label != item.label:
             raise DataError(
                 f"The items {same.id} and {item.id} are the same text, one labelled {same.label} and the other "

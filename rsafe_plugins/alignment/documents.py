@@ -62,10 +62,15 @@ def injected(items: Sequence[LabelledItem], most: int, chance: random.Random) ->
 
 
 def _short(items: Sequence[LabelledItem]) -> list[LabelledItem]:
+    """Harmless short prompts, but for those that are an injection in a document."""
+    injections = {item.document for item in items if item.task == "document" and item.unsafe}
     return [
         item
         for item in items
-        if item.task == "prompt" and not item.unsafe and len(item.prompt.split()) <= _SHORT
+        if item.task == "prompt"
+        and not item.unsafe
+        and len(item.prompt.split()) <= _SHORT
+        and item.prompt not in injections
     ]
 
 

@@ -15,6 +15,7 @@ from rsafe_plugins.alignment.examples import (
     category_ids,
     injection_variant,
     label_under,
+    packaged,
     policy_variant,
 )
 from rsafe_plugins.alignment.recipe import PolicyMix
@@ -69,8 +70,10 @@ class Draws:
         self.items = items
         self._mix = mix
         self._seed = seed
+        most = len(packaged("rsafe-18").categories) - 2  # some must be left for both sides
         self._paired = [
-            paired and item.unsafe and item.task != "document" and bool(category_ids(item)) for item in items
+            paired and item.unsafe and item.task != "document" and 0 < len(category_ids(item)) <= most
+            for item in items
         ]
         if paired and not any(self._paired):
             raise DataError(

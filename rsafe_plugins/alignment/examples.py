@@ -25,6 +25,7 @@ from rsafe_plugins.guard.neutralize import neutralize
 from rsafe_plugins.guard.verdict import Label
 from rsafe_plugins.policy import Category, Policy
 
+_TRIES = 20  # policies drawn for what waits before it gets one that always fits
 _RUNS = 16  # batches that are sorted by length together
 _REFUSALS = ("sorry", "cannot", "can't", "unable", "not able", "won't", "apologize", "not appropriate")
 
@@ -315,6 +316,7 @@ def batches(
     waiting = [item for item in items if item.task != "document"]
     documents = by_length(documents, size, chance)
     waiting = by_length(waiting, size, chance)
+    fruitless = 0  # policies in a row under which nothing that waits can be judged
     while waiting or documents:
         if documents and chance.random() < len(documents) / (len(documents) + len(waiting)):
             taken, documents = documents[:size], documents[size:]
@@ -325,7 +327,7 @@ def batches(
             continue
         if not waiting:
             continue
-        variant = policy_variant(chance, policies)
+        variant = policy_variant(chance, policies if fruitless < _TRIES else PolicyMix(whole=1.0))
         # One task a batch: its prompts then share all that stands before the conversation.
         task = chance.choice(waiting).task
         batch: list[Example] = []
@@ -340,5 +342,6 @@ def batches(
             else:
                 batch.append(_sometimes(made, thoughts, chance))
         waiting = rest
+        fruitless = 0 if batch else fruitless + 1
         if batch:
             yield variant, batch

@@ -72,7 +72,8 @@ def export_gguf(adapter: str | Path, base_config: Mapping[str, Any], out: str | 
             )
     architecture = str(base_config["model_type"])
     names = _names(architecture, int(base_config["num_hidden_layers"]))
-    writer = gguf.GGUFWriter(str(out), architecture)
+    partial = Path(out).with_suffix(".partial")
+    writer = gguf.GGUFWriter(str(partial), architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_name(name)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -86,11 +87,20 @@ def export_gguf(adapter: str | Path, base_config: Mapping[str, Any], out: str | 
             )
         if found["side"] == "B":
             tensor = _reorder(tensor, found["module"].rsplit(".", 1)[-1], base_config)
+        if not (np.abs(tensor) <= np.finfo(np.float16).max).all():
+            raise ExportError(
+                f"{folder} holds numbers in {key} that float16 has no place for: train at a lower rate."
+            )
         writer.add_tensor(f"{target}.weight.lora_{found['side'].lower()}", tensor.astype(np.float16))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        partial.replace(out)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ExportError(f"{out} can't be written ({error.strerror or error}).") from error
     return Path(out)
 
 

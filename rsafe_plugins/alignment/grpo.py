@@ -437,12 +437,11 @@ class GRPO:
     def _restore(self) -> Path | None:
         """The last whole checkpoint of a run that died; None where there is none."""
         whole = sorted(
-            (folder for folder in self.checkpoints.glob("checkpoint-*") if (folder / STATE).exists()),
+            (folder for folder in self.checkpoints.glob("checkpoint-*") if _state(folder) is not None),
             key=lambda folder: int(folder.name.rpartition("-")[2]),
         )
-        if not whole:
+        if not whole or (state := _state(whole[-1])) is None:
             return None
-        state = json.loads((whole[-1] / STATE).read_text("utf-8"))
         changed = [name for name in self._run if state["run"].get(name) != self._run[name]]
         if changed:
             raise AlignmentError(
@@ -458,7 +457,9 @@ class GRPO:
         if self.rank == 0:
             state = {"run": self._run, "minutes": minutes, "solved": self.solved}
             path = self.checkpoints / f"checkpoint-{step}" / STATE
-            path.write_text(json.dumps(state) + "\n", "utf-8")
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(state) + "\n", "utf-8")
+            partial.replace(path)
 
     def measure_held_out(self) -> dict[str, float]:
         """The figures of the held-out items; none where there are none."""
@@ -482,19 +483,28 @@ class GRPO:
         return dict(self.trainer.accelerator.unwrap_model(self.trainer.model).config.to_dict())
 
     def save(self) -> Path:
-        """Writes the PEFT adapter, or where all weights were trained the model; returns its folder.
-
-        The checkpoints, which a run that is done has no use for, are deleted.
-        """
+        """Writes the PEFT adapter, or where all weights were trained the model; returns its folder."""
         folder = self.out / ("model" if self.settings.full else "adapter")
         if self.settings.full:
             self.trainer.save_model(str(folder))
         elif self.rank == 0:
             model = self.trainer.accelerator.unwrap_model(self.trainer.model)
             model.save_pretrained(str(folder), selected_adapters=["default"])
+        return folder
+
+    def finish(self) -> None:
+        """Removes the checkpoints, which a run whose results are all written has no use for."""
         if self.rank == 0:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
-        return folder
+
+
+def _state(checkpoint: Path) -> dict[str, Any] | None:
+    """What was added to a checkpoint; None where it is missing or cut off, as when its writing was."""
+    try:
+        state = json.loads((checkpoint / STATE).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return state if isinstance(state, dict) and {"run", "solved", "minutes"} <= state.keys() else None
 
 
 class _Watch(TrainerCallback):

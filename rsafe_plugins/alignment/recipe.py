@@ -17,7 +17,7 @@ _PACKAGED = resources.files("rsafe_plugins.alignment").joinpath("recipes")
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class PolicyMix(_Settings):
@@ -89,7 +89,7 @@ class StageSettings(_Settings):
     rank: int = Field(default=16, ge=1)
     first_layer: int = Field(default=0, ge=0)
     minutes: float | None = Field(default=None, gt=0)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
 
 
 class WarmStartSettings(StageSettings):

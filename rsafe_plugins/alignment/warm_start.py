@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import abc
 import json
+import logging
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +28,8 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
@@ -41,6 +45,9 @@ BARE_PREFILL = "\\boxed{"
 THOUGHT_PREFILL = "<think>"
 CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_SECONDS = 300
+
+
+log = logging.getLogger(__name__)
 
 
 class AlignmentError(RSafeError):
@@ -206,12 +213,17 @@ def with_lora(model: Any, *, rank: int, first_layer: int, adapter: Path | None) 
     Raises:
         AlignmentError: The adapter can't be loaded, or is of another shape.
     """
+    layers = model.config.num_hidden_layers
+    if first_layer >= layers:
+        raise AlignmentError(
+            f"first_layer is {first_layer}, and the base has the layers 0 to {layers - 1}: name one of these."
+        )
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
         lora_dropout=0.0,
         target_modules=_linear_names(model),
-        layers_to_transform=list(range(first_layer, model.config.num_hidden_layers)),
+        layers_to_transform=list(range(first_layer, layers)),
         layers_pattern="layers",
         task_type="CAUSAL_LM",
     )
@@ -230,8 +242,13 @@ def _trainable(model: Any, folder: Path, wanted: LoraConfig) -> PeftModel:
                     f"The adapter {folder} has {name} {getattr(found, name)}, and this run asks for "
                     f"{getattr(wanted, name)}: give the rank and the first layer that it was trained with."
                 )
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        stored = load_file(folder / "adapter_model.safetensors")
+        peft = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+        # PEFT takes no notice of tensors that have no place in the base.
+        if stored.keys() != get_peft_model_state_dict(peft).keys():
+            raise ValueError("its tensors are of another base, or of other layers")
+        return peft
+    except (OSError, RuntimeError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         raise AlignmentError(f"The adapter {folder} can't be loaded: {error}") from error
 
 
@@ -371,6 +388,10 @@ class WarmStart:
                     f"The loss at step {step} is {loss}; lower the learning rate (now {rate:.1e})."
                 )
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+            if not math.isfinite(norm):
+                raise AlignmentError(
+                    f"The gradient at step {step} is {norm}; lower the learning rate (now {rate:.1e})."
+                )
             optimizer.step()
             optimizer.zero_grad()
             seen += len(examples)
@@ -380,8 +401,12 @@ class WarmStart:
                     saved = time.monotonic()
                     self._checkpoint(parameters, optimizer, step + 1, seen, minutes)
             on_step(seen, loss)
-        if self.rank == 0:
-            (self.out / CHECKPOINT).unlink(missing_ok=True)
+        if self.rank == 0 and self.log.rows:
+            now = before + (time.monotonic() - started) / 60
+            try:
+                self._checkpoint(parameters, optimizer, int(self.log.rows[-1]["step"]) + 1, seen, now)
+            except AlignmentError as error:
+                log.warning("%s What was trained may still be saved.", error)
 
     def _checkpoint(
         self,
@@ -402,8 +427,13 @@ class WarmStart:
             "optimizer": optimizer.state_dict(),
         }
         partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(path)
+        try:
+            torch.save(state, partial)
+            partial.replace(path)
+        except (OSError, RuntimeError) as error:
+            raise AlignmentError(
+                f"{partial} can't be written ({error}): make room, and start again."
+            ) from error
 
     def _restore(
         self, parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer
@@ -412,7 +442,13 @@ class WarmStart:
         path = self.out / CHECKPOINT
         if not path.exists():
             return 0, 0, 0.0
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            state["run"], state["parameters"], state["optimizer"]
+        except (OSError, EOFError, KeyError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
+            raise AlignmentError(
+                f"{path} can't be read ({type(error).__name__}): remove it to start again from the beginning."
+            ) from error
         changed = [name for name in self._run if state["run"].get(name) != self._run[name]]
         if changed:
             raise AlignmentError(
@@ -556,11 +592,29 @@ class WarmStart:
         return dict(base.config.to_dict())
 
     def save(self) -> Path:
-        """Writes the PEFT adapter, from the first process; returns its folder."""
+        """Writes the PEFT adapter, from the first process; returns its folder.
+
+        Raises:
+            AlignmentError: Training went wrong in its last step, or the folder can't be written.
+        """
         folder = self.out / "adapter"
         if self.rank == 0:
-            self.model.save_pretrained(str(folder))
+            if not all(torch.isfinite(parameter).all() for parameter in self._trained):
+                raise AlignmentError(
+                    "The adapter holds numbers that are none after the last step: lower the learning rate."
+                )
+            try:
+                self.model.save_pretrained(str(folder))
+            except (OSError, ValueError, AssertionError, SafetensorError) as error:
+                raise AlignmentError(
+                    f"{folder} can't be written ({error}): make room, and start again to go on from there."
+                ) from error
         return folder
+
+    def finish(self) -> None:
+        """Removes the checkpoint, which a run whose results are all written has no use for."""
+        if self.rank == 0:
+            (self.out / CHECKPOINT).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)

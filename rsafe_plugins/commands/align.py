@@ -8,7 +8,7 @@ import math
 import platform
 import random
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -146,10 +146,14 @@ def align(
     warnings.filterwarnings("ignore", module=r"(transformers|peft|trl|torch)\.")
     chosen = {**_changes(changes), **{name: value for name, value in options.items() if value is not None}}
     sources = [TrainingFile.parse(text) for text in files]
+    if (out / "run.json").exists():
+        raise click.UsageError(
+            f"A run ended in {out}, and another one there would take its place: name another folder with --out."
+        )
     job = _Job(sources, held_out, out, _adapter(adapter), template)
     try:
         run = _warm_start if stage == _WARM_START else _grpo
-        report = run(job, recipe, chosen)
+        report, finish = run(job, recipe, chosen)
         if report is not None and merged:
             report["merged"] = _merged(report, out)
     except ImportError as error:
@@ -159,13 +163,13 @@ def align(
     report = {
         "stage": stage,
         "recipe": recipe,
-        **job.record(),
         **report,
         "from_adapter": adapter,
         "template": template,
         "versions": _versions(),
     }
     (out / "run.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    finish()
     if as_json:
         common.print_json(report)
     else:
@@ -225,13 +229,14 @@ class _Job:
         return read_training_data(self.files, self.held_out, seed)
 
     def record(self) -> dict[str, Any]:
-        """What the data was."""
+        """What the data was, and the adapter that training goes on from."""
         return {
             "files": [
                 str(file.path) if file.take is None else f"{file.path}@{file.take}" for file in self.files
             ],
             "sha256": [_sha256(file.path) for file in self.files],
             "held_out": self.held_out,
+            "from_adapter_sha256": _adapter_sha256(self.adapter),
         }
 
     def write_held_out(self, items: Iterable[LabelledItem]) -> None:
@@ -239,8 +244,11 @@ class _Job:
         (self.out / "held-out.jsonl").write_text(lines, "utf-8")
 
 
-def _warm_start(job: _Job, recipe: str | None, options: dict[str, Any]) -> dict[str, Any] | None:
-    """Runs the stage; returns what to report, from the first process."""
+_Ran = tuple[dict[str, Any] | None, Callable[[], None]]
+"""What to report, from the first process, and what is to be done once that is written."""
+
+
+def _warm_start(job: _Job, recipe: str | None, options: dict[str, Any]) -> _Ran:
     from rsafe_plugins.alignment.recipe import WarmStartSettings, load_recipe
 
     settings = load_recipe(WarmStartSettings, recipe, options)
@@ -248,6 +256,7 @@ def _warm_start(job: _Job, recipe: str | None, options: dict[str, Any]) -> dict[
     if share == 1 and job.template:
         raise click.UsageError("by_category=1 has a prompt of its own: leave --template out.")
     data = job.data(settings.seed)
+    record = job.record()
     from rsafe_plugins.alignment.by_category import (
         Asker,
         MixedEncoder,
@@ -264,7 +273,7 @@ def _warm_start(job: _Job, recipe: str | None, options: dict[str, Any]) -> dict[
     from rsafe_plugins.guard.prompt import GuardPrompt
 
     base = settings.base or str(embedded_weights())
-    run = {**job.record(), "template_by_category": RSafeByCategory().prompt.digest}
+    run = {**record, "template_by_category": RSafeByCategory().prompt.digest}
     stage = WarmStart(base, GuardPrompt(job.template), settings, job.out, run, job.adapter, MixedEncoder)
     items, held_out = (
         [
@@ -308,11 +317,14 @@ def _warm_start(job: _Job, recipe: str | None, options: dict[str, Any]) -> dict[
             total,
             lambda seen, loss: progress.update(bar, completed=seen, figure=f"loss {loss:.3f}"),
         )
+    if stage.rank == 0 and not stage.log.rows:
+        raise SettingsError("The time was up before the first step: give it more minutes, or none.")
     folder = stage.save()
     if stage.rank > 0:
-        return None
+        return None, stage.finish
     rows = stage.log.rows
-    return {
+    report = {
+        **record,
         "items": rows[-1]["seen"],
         "settings": settings.model_dump(mode="json"),
         "base": base,
@@ -322,10 +334,10 @@ def _warm_start(job: _Job, recipe: str | None, options: dict[str, Any]) -> dict[
         "adapter": str(folder),
         **_exported(folder, stage.base_config, job.out, _WARM_START),
     }
+    return report, stage.finish
 
 
-def _grpo(job: _Job, recipe: str | None, options: dict[str, Any]) -> dict[str, Any] | None:
-    """Runs the stage; returns what to report, from the first process."""
+def _grpo(job: _Job, recipe: str | None, options: dict[str, Any]) -> _Ran:
     from rsafe_plugins.alignment.recipe import GRPOSettings, load_recipe
 
     settings = load_recipe(GRPOSettings, recipe, options)
@@ -334,6 +346,7 @@ def _grpo(job: _Job, recipe: str | None, options: dict[str, Any]) -> dict[str, A
             "With --full the adapter is added to the weights: give the folder of a PEFT adapter."
         )
     data = job.data(settings.seed)
+    record = job.record()
     from rsafe_plugins.alignment.grpo import GRPO
     from rsafe_plugins.backends.weights import embedded_weights
     from rsafe_plugins.guard.prompt import GuardPrompt
@@ -346,7 +359,7 @@ def _grpo(job: _Job, recipe: str | None, options: dict[str, Any]) -> dict[str, A
         data.items,
         data.held_out,
         job.out,
-        job.record(),
+        record,
         job.adapter,
     )
     if stage.rank == 0:
@@ -354,12 +367,15 @@ def _grpo(job: _Job, recipe: str | None, options: dict[str, Any]) -> dict[str, A
     with _progress(shown=stage.rank == 0) as progress:
         bar = progress.add_task(_GRPO, total=stage.steps, figure="")
         stage.train(lambda step, reward: progress.update(bar, completed=step, figure=f"reward {reward:.3f}"))
+    if stage.rank == 0 and not stage.log.rows:
+        raise SettingsError("The time was up before the first step: give it more minutes, or none.")
     folder = stage.save()
     if stage.rank > 0:
-        return None
+        return None, stage.finish
     rows = stage.log.rows
     measured = [row for row in rows if "held_out_accuracy" in row]
     report = {
+        **record,
         "settings": settings.model_dump(mode="json"),
         "base": base,
         "steps": len(rows),
@@ -370,8 +386,9 @@ def _grpo(job: _Job, recipe: str | None, options: dict[str, Any]) -> dict[str, A
         "machine": _machine(stage.device.type, stage.processes),
     }
     if settings.full:
-        return {**report, "model": str(folder)}
-    return {**report, "adapter": str(folder), **_exported(folder, stage.base_config, job.out, _GRPO)}
+        return {**report, "model": str(folder)}, stage.finish
+    exported = _exported(folder, stage.base_config, job.out, _GRPO)
+    return {**report, "adapter": str(folder), **exported}, stage.finish
 
 
 def _machine(device: str, processes: int) -> str:
@@ -392,6 +409,12 @@ def _exported(adapter: Path, base_config: Mapping[str, Any], out: Path, stage: s
         click.echo(f"No file for llama.cpp was written: {error}", err=True)
         return {"gguf": None}
     return {"gguf": str(gguf), "gguf_bytes": gguf.stat().st_size}
+
+
+def _adapter_sha256(adapter: Path | None) -> str | None:
+    """Of the weights in an adapter's file or folder; None where there are none."""
+    file = adapter / "adapter_model.safetensors" if adapter is not None and adapter.is_dir() else adapter
+    return _sha256(file) if file is not None and file.is_file() else None
 
 
 def _sha256(path: Path) -> str:

@@ -368,7 +368,8 @@ def _fit(
                 digest=guard.policy.digest,
             )
             points.setdefault(guard.policy.name, point)
-            lines.append({"policy": guard.policy.name, "items": len(mine), **asdict(fitted)})
+            scored = sum(bare[n].score is not None and thought[n].score is not None for n in mine)
+            lines.append({"policy": guard.policy.name, "items": scored, **asdict(fitted)})
     if not points:
         raise DataError(
             "Fitting needs safe and unsafe items that the guard could score; there are none of one of them."

@@ -117,7 +117,10 @@ def _threshold(rows: Sequence[_Row], f1: Callable[[Iterable[tuple[bool, bool]]],
     reached = {middle: f1((row.unsafe, row.bare >= middle) for row in rows) for middle in middles}
     best = max(reached.values())
     good = [middle for middle in middles if reached[middle] >= best - _ALIKE]
-    return round(good[len(good) // 2], 4)
+    middle = good[len(good) // 2]
+    rounded = round(middle, 4)
+    reaches = f1((row.unsafe, row.bare >= rounded) for row in rows)
+    return rounded if reaches >= reached[middle] else middle
 
 
 def _bands(rows: Sequence[_Row], threshold: float) -> list[tuple[float, float]]:

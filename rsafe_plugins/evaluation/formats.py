@@ -94,6 +94,8 @@ def _items(form: Format, path: Path, *, prefix: bool) -> Iterator[LabelledItem]:
             ) from error
         except ValueError as error:
             raise DataError(f"{where}: {error} ({form.title}).") from error
+        except (TypeError, AttributeError) as error:
+            raise DataError(f"{where}: a cell is missing or of another type than in {form.title}.") from error
         for position, fields in enumerate(found):
             identity = f"{number}.{position}" if position else f"{number}"
             yield labelled({"id": f"{path.stem}-{identity}" if prefix else identity, **fields}, where)

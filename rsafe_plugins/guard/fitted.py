@@ -112,7 +112,7 @@ def write(file: Path, model: str, points: dict[str, OperatingPoint]) -> None:
     """Puts a model's operating points, by policy name, into a file; those of other models and policies stay.
 
     Raises:
-        SettingsError: The file is there and isn't of that form.
+        SettingsError: The file is there and isn't of that form, or can't be written; what was in it stays.
     """
     stored: dict[str, Any] = {}
     if file.exists():
@@ -121,5 +121,11 @@ def write(file: Path, model: str, points: dict[str, OperatingPoint]) -> None:
     fresh = {name: point.model_dump(mode="json") for name, point in points.items()}
     stored[model] = {**stored.get(model, {}), **fresh}
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(stored, sort_keys=False), "utf-8")
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        partial.write_text(yaml.safe_dump(stored, sort_keys=False), "utf-8")
+        partial.replace(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise SettingsError(f"{file} can't be written ({error.strerror}): choose another place.") from error
     read.cache_clear()

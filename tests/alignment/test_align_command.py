@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,3 +138,105 @@ def test_data_that_cannot_be_used_is_one_sentence_and_status_2(
     assert says in printed.err
     assert "Traceback" not in printed.err
     assert printed.out == ""
+
+
+def command_of(base: Path, out: Path, *more: str) -> list[str]:
+    return ["align", "--stage", "warm-start", "--base", str(base), "--out", str(out), "--batch", "8", *more]
+
+
+def test_a_run_that_ended_is_not_overwritten(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = write(tmp_path / "data.jsonl"), tmp_path / "run"
+    command = command_of(tiny_base, out, f"{data}@8")
+    assert main(command) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert not (out / "checkpoint.pt").exists()
+    assert main([*command, "--seed", "7"]) == 2
+    assert "another one there would take its place" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_what_was_trained_is_not_lost_when_it_cannot_be_written(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = write(tmp_path / "data.jsonl"), tmp_path / "run"
+    out.mkdir()
+    (out / "adapter").write_text("in the way")
+    assert main(command_of(tiny_base, out, str(data))) == 3
+    error = capsys.readouterr().err
+    assert "can't be written" in error
+    assert "Traceback" not in error
+    assert (out / "checkpoint.pt").exists()
+    log = (out / "log.jsonl").read_text()
+    (out / "adapter").unlink()
+    assert main(command_of(tiny_base, out, str(data))) == 0
+    assert (out / "log.jsonl").read_text() == log, "nothing is computed again"
+    assert (out / "adapter" / "adapter_model.safetensors").exists()
+    assert not (out / "checkpoint.pt").exists()
+
+
+def test_a_run_that_died_does_not_go_on_with_another_adapter_of_the_same_path(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write(tmp_path / "data.jsonl")
+    for name, seed in (("one", "1"), ("two", "2")):
+        assert main(command_of(tiny_base, tmp_path / name, f"{data}@16", "--seed", seed)) == 0
+    out = tmp_path / "run"
+    on = [str(data), "--adapter", str(tmp_path / "one" / "adapter"), "--set", "distill.prompts=0.5"]
+    out.mkdir()
+    (out / "adapter").write_text("in the way, so that the checkpoint stays")
+    assert main(command_of(tiny_base, out, *on)) == 3
+    (tmp_path / "two" / "adapter" / "adapter_model.safetensors").replace(
+        tmp_path / "one" / "adapter" / "adapter_model.safetensors"
+    )
+    assert main(command_of(tiny_base, out, *on)) == 3
+    assert "with another from_adapter_sha256" in capsys.readouterr().err
+
+
+def test_no_time_and_a_checkpoint_that_is_none_are_one_sentence(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = write(tmp_path / "data.jsonl"), tmp_path / "run"
+    assert main(command_of(tiny_base, out, str(data), "--minutes", "0.0000001")) == 2
+    assert "time was up before the first step" in capsys.readouterr().err
+    for content in (b"", b"garbage"):
+        (out / "checkpoint.pt").write_bytes(content)
+        assert main(command_of(tiny_base, out, str(data))) == 3
+        error = capsys.readouterr().err
+        assert "remove it to start again" in error
+        assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "value", ["learning_rate=.inf", "minutes=.inf", "seed=-1", "seed=99999999999999999999"]
+)
+def test_a_number_that_is_none_or_out_of_range_is_refused(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    data = write(tmp_path / "data.jsonl")
+    assert main(command_of(tiny_base, tmp_path / "run", str(data), "--set", value)) == 2
+    assert value.partition("=")[0] in capsys.readouterr().err
+
+
+def test_two_processes_train_and_leave_one_adapter(tiny_base: Path, tmp_path: Path) -> None:
+    data, out = write(tmp_path / "data.jsonl"), tmp_path / "run"
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "rsafe_plugins.cli",
+    ]
+    done = subprocess.run(
+        [*launch, *command_of(tiny_base, out, str(data), "--json")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((out / "run.json").read_text())["machine"].endswith("2 processes")
+    assert (out / "adapter" / "adapter_model.safetensors").exists()

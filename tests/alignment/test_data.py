@@ -9,7 +9,12 @@ from rsafe_plugins.errors import DataError
 
 def write(path: Path, count: int, labels: tuple[str, ...] = ("safe", "unsafe")) -> Path:
     rows = [
-        {"id": f"{path.stem}-{n}", "task": "prompt", "prompt": f"p {n}", "label": labels[n % len(labels)]}
+        {
+            "id": f"{path.stem}-{n}",
+            "task": "prompt",
+            "prompt": f"{path.stem} {n}",
+            "label": labels[n % len(labels)],
+        }
         for n in range(count)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -57,7 +62,50 @@ def test_an_id_that_stands_twice_is_refused(tmp_path: Path) -> None:
 
 def test_a_text_with_both_labels_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", 20)
-    twice = {"id": "again", "task": "prompt", "prompt": "p 3", "label": "safe"}
+    twice = {"id": "again", "task": "prompt", "prompt": "a 3", "label": "safe"}
     path.write_text(path.read_text() + json.dumps(twice) + "\n")
     with pytest.raises(DataError, match="are the same text, one labelled"):
         read_training_data([TrainingFile(path)], 2, 0)
+
+
+def rows_of(path: Path, *rows: dict[str, str]) -> TrainingFile:
+    path.write_text(
+        "".join(json.dumps({"id": f"{path.stem}-{n}", **row}) + "\n" for n, row in enumerate(rows))
+    )
+    return TrainingFile(path)
+
+
+def test_a_text_that_is_held_out_is_trained_on_nowhere_else(tmp_path: Path) -> None:
+    rows = [{"task": "prompt", "prompt": f"p {n}", "label": ("safe", "unsafe")[n % 2]} for n in range(40)]
+    files = [rows_of(tmp_path / "a.jsonl", *rows), rows_of(tmp_path / "b.jsonl", *rows)]
+    data = read_training_data(files, 4, 0)
+    held_out = {item.prompt for item in data.held_out}
+    assert held_out
+    assert held_out.isdisjoint(item.prompt for item in (*data.items, *data.unused))
+
+
+def test_fields_that_are_not_judged_do_not_make_one_text_two(tmp_path: Path) -> None:
+    same = {"task": "prompt", "prompt": "same"}
+    file = rows_of(
+        tmp_path / "a.jsonl",
+        {**same, "response": "a", "label": "safe"},
+        {**same, "response": "b", "label": "unsafe"},
+    )
+    with pytest.raises(DataError, match="the same text"):
+        read_training_data([file], 0, 0)
+
+
+def test_half_of_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
+    file = rows_of(
+        tmp_path / "a.jsonl",
+        {"task": "prompt", "prompt": "x \ud83d", "label": "safe"},
+        {"task": "prompt", "prompt": "y", "label": "unsafe"},
+    )
+    with pytest.raises(DataError, match="a-0 holds half of a surrogate pair"):
+        read_training_data([file], 0, 0)
+
+
+def test_a_path_with_an_at_sign_that_is_there_is_a_path(tmp_path: Path) -> None:
+    (tmp_path / "runs@home").mkdir()
+    path = write(tmp_path / "runs@home" / "data.jsonl", 4)
+    assert TrainingFile.parse(str(path)) == TrainingFile(path)

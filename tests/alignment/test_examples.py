@@ -168,3 +168,13 @@ def test_the_seed_decides_the_batches(same: bool) -> None:
 
     compare: Callable[[Any, Any], bool] = (lambda a, b: a == b) if same else (lambda a, b: a != b)
     assert compare(run(1), run(1 if same else 2))
+
+
+def test_items_that_small_policies_never_judge_are_judged_by_the_whole_one() -> None:
+    items = [
+        LabelledItem(id=str(n), task="prompt", prompt=f"text {n}", label=("safe", "unsafe")[n % 2])
+        for n in range(20)
+    ]
+    mix = PolicyMix(whole=0, names=0, reworded=0)
+    drawn = list(batches(items, 4, 0, UNSURE, policies=mix, thoughts=0))
+    assert sum(len(examples) for _, examples in drawn) == 20

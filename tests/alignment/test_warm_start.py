@@ -173,6 +173,40 @@ def test_an_adapter_of_another_shape_is_refused(tiny_base: Path, tmp_path: Path)
         WarmStart(tiny_base, GuardPrompt(), settings, tmp_path / "second", adapter=folder)
     with pytest.raises(AlignmentError, match="can't be loaded"):
         WarmStart(tiny_base, GuardPrompt(), settings, tmp_path / "second", adapter=tmp_path)
+    with pytest.raises(AlignmentError, match="first_layer is 2, and the base has the layers 0 to 1"):
+        stage(tiny_base, tmp_path / "second", first_layer=2)
+
+
+def test_an_adapter_whose_tensors_have_no_place_in_the_base_is_refused(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = stage(tiny_base, tmp_path / "first").save()
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name.replace("layers", "blocks"): one for name, one in tensors.items()}, weights)
+    with pytest.raises(AlignmentError, match="of another base"):
+        going_on(tiny_base, folder, tmp_path / "second")
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(AlignmentError, match="can't be loaded"):
+        going_on(tiny_base, folder, tmp_path / "second")
+
+
+def test_an_adapter_that_is_no_number_or_too_large_for_llama_cpp_is_not_written(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    warm = stage(tiny_base, tmp_path)
+    with torch.no_grad():
+        warm._trained[0].fill_(1e6)
+    folder = warm.save()
+    with pytest.raises(ExportError, match="float16 has no place"):
+        export_gguf(folder, warm.base_config, tmp_path / "a.gguf", name="tiny")
+    assert not (tmp_path / "a.gguf").exists()
+    with torch.no_grad():
+        warm._trained[0].fill_(float("inf"))
+    with pytest.raises(AlignmentError, match="numbers that are none"):
+        warm.save()
 
 
 def test_a_file_for_llama_cpp_that_is_no_such_adapter_is_refused(tiny_base: Path, tmp_path: Path) -> None:
@@ -234,6 +268,8 @@ def test_a_run_that_died_goes_on_as_if_it_had_not(
     rows = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert [row["loss"] for row in rows] == [row["loss"] for row in whole.log.rows]
+    second.save()
+    second.finish()
     assert not (tmp_path / "parts" / "checkpoint.pt").exists()
 
 

@@ -69,3 +69,11 @@ def test_failed_checks_are_left_out_and_one_label_alone_cannot_be_fitted() -> No
     assert made is not None
     assert made.never == 1.0
     assert fit([item(True)] * 3, scores, scores) is None
+
+
+def test_a_threshold_between_very_small_scores_is_not_rounded_away() -> None:
+    scores = [verdict(1e-6)] * 50 + [verdict(4e-5)] * 50
+    made = fit([item(label) for label in LABELS], scores, scores)
+    assert made is not None
+    assert 1e-6 < made.threshold <= 4e-5
+    assert made.never == 1.0

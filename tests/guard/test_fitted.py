@@ -107,3 +107,18 @@ def test_a_bad_file_is_one_sentence_when_the_guard_is_made(tmp_path: Path, text:
 def test_a_file_that_is_not_there_is_named_as_a_setting(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"'threshold'.*a file that"):
         Guard(POLICY, backend=scripted(0.5), threshold=tmp_path / "none.yaml")
+
+
+def test_a_file_that_cannot_be_written_keeps_what_was_in_it(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = file.read_bytes()
+
+    def full(self: Path, *arguments: object, **options: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(SettingsError, match="No space left"):
+        write(file, "another", {"p": OperatingPoint(threshold=0.5)})
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]
