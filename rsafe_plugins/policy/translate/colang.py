@@ -220,8 +220,10 @@ def _matches(
     if said in seen:
         return False
     seen.add(said)
+    # What a flow of the app does is in its body, whatever its name.
+    is_named = bool(name.match(said)) and (said not in flows.helpers or said.startswith("bot "))
     return (
-        bool(name.match(said))
+        is_named
         or any(text.search(one.text) for one in flows.says.get(said, ()))
         or any(_matches(flows, *one, name, text, seen) for one in flows.helpers.get(said, ()))
     )

@@ -79,8 +79,8 @@ _RAIL = re.compile(
 )
 # Flows whose rules stand in the config, and are read there.
 _READ_RAILS = re.compile(
-    r"(?:self check|content safety check|llama ?guard|topic safety|.*sensitive data|.*\bpii\b|guardrails ?ai|"
-    r"rsafe)\b.*",
+    r"(?:self check (?:input|output)|content safety check|llama ?guard|topic safety|.*sensitive data|.*\bpii\b|"
+    r"guardrails ?ai|rsafe)\b.*",
     re.IGNORECASE,
 )
 _VALIDATORS = "rails.config.guardrails_ai.validators"

@@ -35,16 +35,18 @@ _GOOD = _form(
 _SAFE = _form(r"^\W*safe(?:\s+(?:content|messages?))?\s*(?:\([^)]*\))?\W*$")
 _BAD = _form(
     r"\b(?:forbid\w*|prohibit\w*|disallow\w*|banned|bans?|unsafe|violat\w+|block\w*|refus\w+|reject\w*|restrict\w*|"
-    r"unacceptable|don['\u2019]?ts|flag(?:ged)?|suspend\w*|remov\w+|delet\w+|punish\w*|report(?:ed|able)|filter(?:ed)?|"
-    r"censor\w*|abus\w+|wrong|harm\w*|illegal|exclud\w+|avoid\w*|zero|den(?:y|ied))\b"
+    r"unacceptable|don['\u2019]?ts|flag(?:ged)?|suspend\w*|removed|delet\w+|punish\w*|(?:to|for)\s+remov\w+|report(?:ed|able)|filter(?:ed)?|"
+    r"censor\w*|abus\w+|wrong|harm(?!less)\w*|illegal|avoid\w*|zero|den(?:y|ied))\b"
 )
 _NEGATION = _form(
     r"\b(?:not|never|no|none|neither|nobody|non(?=[\s-]*violat)|cannot|nothing)\b|n['\u2019]t\b|"
-    r"\b(?:dont|cant|isnt|arent|wont|hardly|rarely|seldom|scarcely|nowhere|lack\w*|without|far\s+from|beyond)\b"
+    r"\b(?:dont|cant|isnt|arent|wont|hardly|rarely|seldom|scarcely|nowhere)\b"
 )
 _ELSEWHERE = _form(  # that something is allowed, in other languages
     r"\b(?:erlaubt\w*|gestattet\w*|zul\u00e4ssig\w*|autoris\u00e9\w*|permis(?:e|es)?|permitid[oa]s?|consentit[oaie])\b"
 )
+# Beside a word that allows, these may take it back, or make it wider: "far from acceptable", "allowed without limits".
+_TAKES_BACK = _form(r"\b(?:lack\w*|without|far\s+from|beyond|exclud\w+)\b")
 _EXCEPT = _form(r"\b(?:except|unless|other\s+than|apart\s+from)\b")
 _MUST = _form(r"\b(?:should|must|shall|needs?\s+to|ha(?:s|ve)\s+to|always|required?)\b|^\W*do\W*$")
 _ONLY = _form(r"\b(?:only|just|solely|exclusively)\b")
@@ -73,16 +75,21 @@ _BY_THE_RULES = frozenset(
     re.findall(
         r"\S+",
         """
-    a above acceptable according all allowed an and any appropriate are as at ask asks be below block
-    blocked bot break breaks by categories category company compliance compliant complies comply
-    condition conditions contain contains content conversation criteria criterion do does don doesn
-    falls following for from given goes guideline guidelines harmful human if in inappropriate input
-    instructions is isn it its least listed meets message more my not of ok on one or our output
-    permitted policies policy prompt query question request response rule rules s safe should so
-    statement t text that the them these this those to under unsafe user user's violate violates
-    violating violation violations was with would you your
+    a above acceptable according all allowed an and any appropriate are as ask asks at be because
+    below block blocked bot break breaks by categories category company compliance compliant
+    complies comply condition conditions contain contains content conversation criteria criterion do
+    does doesn don falls following for from given goes guideline guidelines harmful human if in
+    inappropriate input instructions is isn it its last latest least listed meets message moderation
+    more my not of ok on one or our output permitted policies policy prompt query question refused
+    rejected request response rule rules s safe safety security should so statement t terms text
+    that the them these this those to under unsafe usage user user's violate violates violating
+    violation violations was way with would you your
         """,
     )
+)
+_BREAKS_THE_RULES = _form(
+    r"\b(?:violat\w*|break\w*|compl(?:y|ies|iant)|against|falls?|meets?|listed)\b.*"
+    r"\b(?:polic(?:y|ies)|rules?|guidelines?|above|below|categor(?:y|ies)|criteria|conditions?|terms)\b"
 )
 _SOUNDS_LIKE_A_RULE = _form(
     r"^\||\banswer\s+(?:is|must\s+be|should\s+be)\s+[\"'\u201c]?(?:yes|no|safe|unsafe|block)\b|"
@@ -110,6 +117,8 @@ def polarity(title: str) -> Says:
     negations = len(_NEGATION.findall(line))
     is_reversed = bool(_EXCEPT.search(line))
     if negations > 1 or (is_good and is_bad) or _SAYS_NO.search(line) or _ELSEWHERE.search(line):
+        return "unsure"
+    if is_good and _TAKES_BACK.search(line):
         return "unsure"
     if is_good and not negations and not is_reversed and _ONLY.search(line):
         return "demands"  # what it doesn't allow is forbidden
@@ -209,9 +218,12 @@ def _parts(piece: Piece, judge: bool) -> list[Piece]:
 def _condition(text: str) -> str:
     """For what the model that judges is told to say that it is unsafe; empty where that is the rest of the prompt."""
     found = _UNSAFE_IF.match(text.strip()) or _IF_UNSAFE.match(text.strip())
-    if found is None or {*re.findall(r"[\w']+", found["what"].casefold())} <= _BY_THE_RULES:
+    if found is None:
         return ""
-    return capital(found["what"].strip(" ,"))
+    what = re.sub(r",?\s+(?:otherwise|else)\b.*$", "", found["what"], flags=re.IGNORECASE | re.DOTALL)
+    if _BREAKS_THE_RULES.search(what) or {*re.findall(r"[\w']+", what.casefold())} <= _BY_THE_RULES:
+        return ""
+    return capital(what.strip(" ,"))
 
 
 def _bullets_below(pieces: Sequence[Piece]) -> bool:

@@ -123,9 +123,11 @@ _MESSAGES = _form(
 )
 # "Users may try to trick it" says what happens, and allows nothing.
 _HAPPENS = _form(
-    r"^(?:try|tries|attempt|cause|contain|include|depict|lose|harm|hurt|pose|lead|result|seem|appear|get)\b|"
-    r"\b(?:unsafe|harm\w*|dangerous|illegal|violat\w*|flag\w*|report(?:ed|able)|suspend\w*|removed|deleted|punish\w*|"
-    r"trick\w*|jailbreak\w*|spam|abus\w+)\b|\b(?:say|answer|respond|reply|return|output)\s+(?:with\s+)?\W?(?:yes|unsafe)\b"
+    r"^(?:(?:try|tries|attempt)\s+to\b(?!\s+(?:answer|help|explain|assist))|cause|lose|harm|hurt|pose|lead|result|seem|"
+    r"appear|abuse|spam|trick|jailbreak|get\s+(?:banned|blocked|suspended|flagged)|"
+    r"(?:contain|include|depict)\s+(?:graphic|violen|sexual|explicit|hate|slur|instruction|build|detail)\w*|"
+    r"be\s+(?:unsafe|harmful|dangerous|illegal|spam|abusive|flagged|reported|suspended|removed|deleted|banned|punished|"
+    r"tricked|abused))\b|\b(?:is|as)\s+(?:a\s+)?violations?\b|[:,]\s*flag\b|\b(?:say|answer|respond|reply|return|output)\s+(?:with\s+)?\W?(?:yes|unsafe)\b"
 )
 # What a ban ends in that is none: "jokes are no longer", "sarcasm does not need to be".
 _NEGATED_END = _form(
@@ -134,13 +136,18 @@ _NEGATED_END = _form(
 )
 # Words of a permission or a duty, in a line that has no form of one: nobody knows what it does.
 _ORDER = _form(
-    r"^(?:please\s+|always\s+)?(?:respond|answer|reply|keep|use|encourage|greet|speak|write|stay|remain|ensure|make\s+sure|"
-    r"allow|accept|permit|let|tolerate|ignore|pass|welcome)\s+(?!of\b|for\b|and\b|or\b)"
+    r"^(?:please\s+|always\s+)?(?:respond|answer|reply|keep|use|encourage|greet|speak|stay|remain|ensure|make\s+sure|"
+    r"allow|accept|permit|let|tolerate|ignore\s+typos|pass|welcome)\s+(?!of\b|for\b|and\b|or\b)"
+    r"(?!.*\b(?:violen|slur|hate|abus|harm|self|insult|malware|illegal|brib|crime|drug|weapon|threat)\w*)"
 )
 _PERHAPS_OK = _form(
     rf"\b(?:{_IS}|fully|perfectly|always|we)\s+(?:[a-z]+\s+)?(?:welcome|tolerated?|safe|ok(?:ay)?|fine|accepted|allowed|"
     r"permitted)\b|\b(?:may|can)\s*,|\b(?:don['\u2019]?t|do\s+not)\s+mind\b|"
     r"\b(?:erlaubt|gestattet|zul\u00e4ssig|d\u00fcrfen|autoris\u00e9\w*|permis(?:e|es)?|permitid[oa]s?|consentit[oaie])\b"
+)
+_PEOPLE = _form(
+    r"^(?:the\s+|all\s+|any\s+)?(?:\w+\s+)?(?:users?|customers?|people|persons?|somebody|someone|anyone|women|men|"
+    r"children|minorities|immigrants|groups?|others|them|employees?|members?)\b(?!['\u2019])"
 )
 _BE = _form(r"^(?:please\s+|always\s+)?be\s+\w")
 _ALL = _form(r"^(?:everything|anything|all)\b(?!\s+(?:kinds|sorts)\b)")
@@ -248,7 +255,8 @@ def _reading(text: str) -> tuple[str, str]:
     if found := _NEED_NOT_BLOCK.match(text):
         return _permission(re.sub(r"^to\s+", "", found["what"]))
     if found := _NOT_UNSAFE.match(text):
-        return _permission(found["what"])
+        # "Do not treat women as harmful" says how to speak of them, and excuses nothing.
+        return ("unknown", text) if _PEOPLE.search(found["what"]) else _permission(found["what"])
     if found := _NOT_OK_TO.match(text) or _FORBIDS.match(text) or _NOBODY_MAY.match(text):
         what = found["what"]
         if re.match(rf"{_BLOCK}\b", what, re.IGNORECASE) or _MORE.search(what):
@@ -269,7 +277,8 @@ def _reading(text: str) -> tuple[str, str]:
         if negated := _NEGATED_END.search(what):
             return ("unknown", text) if rest.strip() else _permission(what[: negated.start()])
         if let := re.match(rf"{_BLOCKING}\s+(?P<what>.+)", what, re.IGNORECASE):
-            return _permission(let["what"])
+            is_doing = let["what"].startswith("to ") or _PEOPLE.search(let["what"])
+            return ("unknown", text) if is_doing else _permission(let["what"])
         if rest.strip() or _NO_THING.match(what) or _MORE.search(what) or _is_ok(what):
             return "whole", text
         return "has", what

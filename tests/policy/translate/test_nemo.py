@@ -1058,3 +1058,26 @@ prompts:
     assert [entry.piece.text for entry in translation.unplaced] == [
         "The message must not mention competitors."
     ]
+
+
+def test_a_flow_of_the_app_refuses_by_what_it_says_and_not_by_its_name(tmp_path: Path) -> None:
+    flows = """
+import core
+flow user asked about payment
+  user said "my card"
+flow user asked about bombs
+  user said "how is one made"
+flow reject expired coupon
+  $coupon = None
+flow main
+  user asked about payment
+  reject expired coupon
+  bot say "Your card is fine."
+flow bombs
+  user asked about bombs
+  bot refuse to answer
+"""
+    (policy,) = translate(
+        config(tmp_path, 'colang_version: "2.x"\nmodels: []\n', main=flows)
+    ).policies.values()
+    assert [one.name for one in policy.categories] == ["Bombs"]

@@ -793,3 +793,66 @@ def test_too_many_rules_with_many_permissions_are_made_in_a_moment(tmp_path: Pat
     translation = of(tmp_path, text, "x.md")
     assert len(only(translation).categories) == 200
     assert len(translation.unplaced) == 800
+
+
+@pytest.mark.parametrize(
+    "title",
+    ["Allowed without exception:", "Permitted topics (without exceptions):", "Acceptable (non-harmful):"],
+)
+def test_a_heading_that_allows_without_limits_forbids_nothing(tmp_path: Path, title: str) -> None:
+    translation = of(tmp_path, f"- users should not insult\n\n## {title}\n- small talk\n", "x.md")
+    assert [one.name for one in only(translation).categories] == ["Insult"]
+    assert [entry.piece.text for entry in translation.unplaced] == ["- small talk"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Do not label people as toxic",
+        "Do not treat women as harmful",
+        "Blocking users is forbidden",
+        "Refusing to help is not allowed",
+    ],
+)
+def test_how_people_are_treated_excuses_nothing(tmp_path: Path, line: str) -> None:
+    translation = of(tmp_path, f"Policy:\n- users should not insult\n- {line}\n", "x.md")
+    assert [one.allows for one in only(translation).categories] == [()]
+    assert [entry.piece.text for entry in translation.unplaced] == [f"- {line}"]
+
+
+@pytest.mark.parametrize(
+    ("line", "allowed"),
+    [
+        ("The bot may discuss harm reduction", "discuss harm reduction"),
+        ("Users can get help with homework", "get help with homework"),
+        ("The bot may include links", "include links"),
+        ("The bot may try to answer legal questions", "try to answer legal questions"),
+    ],
+)
+def test_ordinary_permissions_stay_exceptions(tmp_path: Path, line: str, allowed: str) -> None:
+    (one,) = only(of(tmp_path, f"Policy:\n- users should not insult\n- {line}\n", "x.md")).categories
+    assert one.allows == (allowed,)
+
+
+@pytest.mark.parametrize("line", ["Write malware", "Encourage violence", "Use slurs", "Accept bribes"])
+def test_harm_in_few_words_stays_a_category(tmp_path: Path, line: str) -> None:
+    found = only(of(tmp_path, f"Policy:\n- users should not insult\n- {line}\n", "x.md")).categories
+    assert [one.name for one in found] == ["Insult", line]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'If the last user message violates the safety policy, respond with "unsafe".',
+        "Answer yes if the message violates any of the policies listed above, otherwise answer no.",
+        "Answer Yes if it violates the community guidelines.",
+        "Answer Yes if it is unsafe in any way.",
+    ],
+)
+def test_what_tells_the_judge_to_follow_the_rules_is_no_rule(tmp_path: Path, line: str) -> None:
+    (tmp_path / "config.yml").write_text(
+        f"prompts:\n  - task: self_check_input\n    content: |\n      - should not insult\n\n      {line}\n"
+    )
+    translation = translate(tmp_path)
+    assert [one.name for one in only(translation).categories] == ["Insult"]
+    assert translation.unplaced == []
