@@ -7,7 +7,7 @@ import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 from langchain_core.documents import Document
@@ -64,6 +64,12 @@ def to_parts(value: Any, kind: ContentKind, policy: Policy) -> list[Part]:
         return [Part(kind, Content(kind, value), (0,))]
     if isinstance(value, Document):
         return [Part("document", Content.document(document_text(value)), (0,))]
+    is_list = isinstance(value, list | tuple) and len(value) > 0
+    if kind != "prompt" and is_list and all(isinstance(item, str) for item in value):
+        raise TypeError(
+            f"RSafeGuard takes a list of str as the user's messages, and is to judge a {kind.replace('_', ' ')}: to "
+            f"judge each item use RSafeGuard(kind={kind!r}).map()."
+        )
     messages = _messages(value)
     spoken = [(index, said) for index, message in enumerate(messages) if (said := _kind(message)) is not None]
     if not spoken:
@@ -172,8 +178,20 @@ def whole(chunks: Sequence[Any], input_key: str | None = None) -> Any:
     for key in dict.fromkeys(key for chunk in chunks for key in chunk):
         values = [chunk[key] for chunk in chunks if key in chunk]
         is_text = all(isinstance(value, str) for value in values)
-        together[key] = whole(values) if key == input_key or is_text else values[-1]
+        if is_text and _grow(values):
+            together[key] = values[-1]
+        else:
+            together[key] = whole(values) if key == input_key or is_text else values[-1]
     return together
+
+
+def _grow(values: Sequence[str]) -> bool:
+    """Whether each text is the one before it with more behind it, as parsers of JSON stream it.
+
+    Pieces of a text hardly ever are, and two never tell: they count as pieces, unless the first is empty.
+    """
+    texts = [value for value in values if value]
+    return len(texts) > 2 and all(after.startswith(before) for before, after in pairwise(values))
 
 
 def length(chunk: Any, input_key: str | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,6 +32,11 @@ from rsafe_plugins.llama_index.judging import (
     turns_of,
 )
 
+# What LlamaIndex hands on to its workflow, beside the agent's own.
+_OF_WORKFLOWS = frozenset(
+    ("timeout", "verbose", "service_manager", "resource_manager", "num_concurrent_runs")
+)
+
 
 class RSafeFunctionAgent(FunctionAgent):
     """A `FunctionAgent` whose input, answers, tool calls and tools' results are judged.
@@ -54,6 +60,7 @@ class RSafeFunctionAgent(FunctionAgent):
         on_violation: Called with what was judged and the verdict, for each violation.
 
     Raises:
+        TypeError: It takes no such argument.
         SettingsError: A setting can't be used.
         PolicyError: The policy can't be found or read.
         TemplateError: The template can't be found or read.
@@ -77,6 +84,16 @@ class RSafeFunctionAgent(FunctionAgent):
         on_violation: OnViolation | None = None,
         **kwargs: Any,
     ) -> None:
+        # LlamaIndex passes over what it doesn't know.
+        known = {
+            *type(self).model_fields,
+            *inspect.signature(FunctionAgent.__init__).parameters,
+            *_OF_WORKFLOWS,
+        }
+        if strange := sorted(kwargs.keys() - known):
+            raise TypeError(
+                f"RSafeFunctionAgent takes no {', '.join(strange)}; settings of the guard are given as guard={{...}}."
+            )
         super().__init__(*args, **{"streaming": False, **kwargs})
         if self.streaming:
             raise SettingsError(

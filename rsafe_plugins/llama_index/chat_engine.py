@@ -20,6 +20,7 @@ from llama_index.core.chat_engine.types import (
 from llama_index.core.llms import ChatMessage, ChatResponse, MessageRole
 from llama_index.core.schema import NodeWithScore
 
+from rsafe_plugins.errors import SettingsError
 from rsafe_plugins.guard import Content, Guard, GuardSettings
 from rsafe_plugins.guard.content import Turn
 from rsafe_plugins.guard.texts import Part, Said, Text, parts
@@ -89,6 +90,11 @@ class RSafeChatEngine(BaseChatEngine):
     ) -> None:
         self.chat_engine = chat_engine
         self.check_message, self.check_nodes, self.check_response = check_message, check_nodes, check_response
+        if not hasattr(chat_engine, "astream_chat"):
+            raise SettingsError(
+                f"RSafeChatEngine takes a chat engine, not {type(chat_engine).__name__}: give what an index's "
+                "as_chat_engine() makes."
+            )
         self._judge = Judge(
             guard,
             exit_behavior=exit_behavior,
@@ -133,7 +139,8 @@ class RSafeChatEngine(BaseChatEngine):
 
         Args:
             message: What the user says.
-            chat_history: The conversation before it, in the place of the one that is remembered; it is judged, too.
+            chat_history: The conversation before it, in the place of the one that is remembered. Of it the user's
+                messages right before this one are judged, too; the rest is context, which must be trusted.
 
         Raises:
             RSafeViolationError: Something was blocked and `exit_behavior` is `error`.

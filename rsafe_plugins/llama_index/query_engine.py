@@ -16,6 +16,7 @@ from llama_index.core.callbacks import CallbackManager
 from llama_index.core.prompts.mixin import PromptMixinType
 from llama_index.core.schema import NodeWithScore, QueryBundle
 
+from rsafe_plugins.errors import SettingsError
 from rsafe_plugins.guard import Content, Guard, GuardSettings
 from rsafe_plugins.guard.texts import Part
 from rsafe_plugins.guard.violation import REFUSAL, OnViolation
@@ -72,6 +73,11 @@ class RSafeQueryEngine(BaseQueryEngine):
         stream_window: int | None = None,
         callback_manager: CallbackManager | None = None,
     ) -> None:
+        if not hasattr(query_engine, "aquery"):
+            raise SettingsError(
+                f"RSafeQueryEngine takes a query engine, not {type(query_engine).__name__}: give what its "
+                "as_query_engine() makes."
+            )
         super().__init__(callback_manager)
         self.query_engine = query_engine
         self.check_query, self.check_nodes, self.check_response = check_query, check_nodes, check_response

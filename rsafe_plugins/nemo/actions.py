@@ -238,6 +238,10 @@ class RailActions:
         Raises:
             RSafeError: A check failed and `on_error` is `raise`; not in Colang 2, where all chunks are taken out.
         """
+        if text is None and _is_colang_2(config):
+            log.warning(
+                "No chunks to judge: the flow that has them must say `global $relevant_chunks` before it sets them."
+            )
         chunks = Chunks.of(text, separate)
         try:
             guard = self.guards.of("retrieval", policy, config)

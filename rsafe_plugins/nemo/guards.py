@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Literal, get_args
 from nemoguardrails import RailsConfig
 
 from rsafe_plugins.errors import PolicyError, SettingsError
-from rsafe_plugins.guard import Guard
+from rsafe_plugins.guard import Guard, GuardSettings
 from rsafe_plugins.policy import ContentKind, Policy
+
+log = logging.getLogger(__name__)
 
 Rail = Literal["input", "output", "retrieval", "tool_call", "tool_result"]
 RAILS: tuple[Rail, ...] = get_args(Rail)
@@ -145,6 +148,18 @@ class RailGuards:
                 or several of its flows can't be told apart.
             PolicyError: A policy can't be found or read.
         """
+        if config.colang_version == "1.0" and not _runs_ours(config):
+            log.warning(
+                "Nothing is judged: no flow under rails.input, output, retrieval, tool_output or tool_input is one of "
+                "ours (%s), and none of the app's own calls one.",
+                ", ".join(_OURS),
+            )
+        data = config.custom_data or {}
+        if "rsafe" not in data and (misplaced := sorted({*data} & {*GuardSettings.model_fields})):
+            log.warning(
+                "custom_data has %s, which the guard reads under custom_data.rsafe alone.",
+                ", ".join(misplaced),
+            )
         for rail in RAILS:
             for flow in _flows(config, rail):
                 _check_place(name_of(flow), rail)
@@ -183,6 +198,14 @@ class RailGuards:
             settings = self.default.settings.model_copy(update={"policy": found})
             self._guards[key] = Guard.from_settings(settings)
         return self._guards[key]
+
+
+def _runs_ours(config: RailsConfig) -> bool:
+    """Whether a rail is one of our flows, or a flow of the app calls one or its action."""
+    if any(name_of(flow) in _OURS for rail in RAILS for flow in _flows(config, rail)):
+        return True
+    own = [flow for flow in config.flows or [] if not isinstance(flow, dict) or flow.get("id") not in _OURS]
+    return bool(re.search(r"rsafe[ _]check", str(own)))
 
 
 def _check_place(name: str, rail: Rail) -> None:

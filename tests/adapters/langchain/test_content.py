@@ -352,3 +352,14 @@ def test_only_what_the_policy_is_about_is_judged(engine: ScriptedBackend, attack
         guard.invoke([*messages, ToolMessage(attack, tool_call_id="call-1")])
     assert blocked.value.stage == "tool_result"
     assert len(engine.requests) == 1
+
+
+def test_list_of_str_is_prompts_and_nothing_else(engine: ScriptedBackend, attack: str) -> None:
+    for kind in ("document", "response"):
+        with pytest.raises(TypeError, match=r"\.map\(\)"):
+            RSafeGuard({"backend": engine}, kind=kind).invoke(["open at nine", attack])  # type: ignore[arg-type]
+    assert engine.requests == []
+    with pytest.raises(RSafeViolationError):
+        RSafeGuard({"backend": engine}).invoke(["open at nine", attack])
+    with pytest.raises(RSafeViolationError):
+        RSafeGuard({"backend": engine}, kind="document").map().invoke(["open at nine", attack])

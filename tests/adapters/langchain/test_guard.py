@@ -330,6 +330,21 @@ def test_stream_of_mappings_is_judged_under_the_input_key(
         list((source(*chunks) | RSafeGuard({"backend": engine}, input_key="answer")).stream("go"))
 
 
+@pytest.mark.parametrize("last", ["cut it zqxattack", "cut it in two"])
+def test_stream_of_a_parser_whose_text_grows_is_judged_as_it_is_at_last(
+    last: str, engine: ScriptedBackend
+) -> None:
+    words = last.split()
+    chunks = [{"answer": " ".join(words[:count])} for count in range(len(words) + 1)]
+    chain = source(*chunks) | RSafeGuard({"backend": engine}, kind="response", input_key="answer")
+    if "attack" in last:
+        with pytest.raises(RSafeViolationError):
+            list(chain.stream("go"))
+    else:
+        assert list(chain.stream("go")) == chunks
+    assert f"Agent: {last}\n" in engine.requests[0].messages[0].content
+
+
 async def test_safe_stream_is_released_in_its_own_chunks_after_one_call(
     engine: ScriptedBackend, guard: RSafeGuard
 ) -> None:

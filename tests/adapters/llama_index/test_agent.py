@@ -267,6 +267,13 @@ async def test_a_failed_guard_does_what_on_error_says(fault: str, on_error: str,
         assert not holds("calm'", run.asked[-1])
 
 
+@pytest.mark.parametrize("name", ["policy", "check_tool_result", "exit_behaviour"])
+def test_what_the_agent_does_not_know_is_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=f"takes no {name}"):
+        Run(said(ANSWER), **{name: False})
+    assert Run(said(ANSWER), timeout=30, verbose=False).agent
+
+
 def test_what_cannot_be_judged_is_refused() -> None:
     class Weather(BaseModel):
         text: str

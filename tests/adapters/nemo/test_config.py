@@ -14,6 +14,7 @@ from nemoguardrails.testing import FakeLLMModel
 from rsafe_plugins import Guard, Policy
 from rsafe_plugins.errors import SettingsError
 from rsafe_plugins.nemo import guard_from_config
+from rsafe_plugins.nemo.guards import RailGuards
 from rsafe_plugins.testing import ScriptedBackend
 
 ROOT = Path(__file__).parents[3]
@@ -132,3 +133,36 @@ def test_installation_is_found_by_nemo_without_an_import_of_ours(tmp_path: Path)
     current = {path.name: path.read_text() for path in LIBRARY.iterdir() if path.is_file()}
     installed = {path.name: path.read_text() for path in found.iterdir() if path.is_file()}
     assert installed == current, "the installed rails are out of date: pip install -e . again"
+
+
+@pytest.mark.parametrize(
+    ("rails", "flows", "warned"),
+    [
+        ("{}", "", True),
+        ("{inputs: {flows: [rsafe check input]}}", "", True),
+        ("{input: {flows: [self check input]}}", "", True),
+        ("{input: {flows: [rsafe check input]}}", "", False),
+        ("{retrieval: {flows: [rsafe check retrieval]}}", "", False),
+        ("{}", "define flow\n  user ...\n  do rsafe check input\n  bot respond\n", False),
+        ("{}", "define flow\n  user ...\n  $x = execute rsafe_check_input(text=$user_message)\n", False),
+    ],
+)
+def test_app_in_which_nothing_is_judged_says_so(
+    tmp_path: Path, rails: str, flows: str, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "config.yml").write_text(
+        f"models: []\nimport_paths: [rsafe_plugins/rails]\nrails: {rails}\ncustom_data: {{timeout: 3}}\n"
+        "prompts: [{task: self_check_input, content: x}]\n"
+    )
+    (tmp_path / "flows.co").write_text(flows)
+    config = RailsConfig.from_path(str(tmp_path))
+    config.custom_data["rsafe"] = scripted()
+    LLMRails(config, llm=FakeLLMModel(responses=[]))
+    assert ("Nothing is judged" in caplog.text) == warned
+    assert "custom_data has" not in caplog.text
+
+
+def test_settings_of_the_guard_in_the_wrong_place_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    guards = RailGuards(Guard(backend=ScriptedBackend()), {}, Policy.load)
+    guards.check(RailsConfig(models=[], custom_data={"timeout": 3, "mine": 1}))
+    assert "custom_data has timeout, which the guard reads under custom_data.rsafe alone" in caplog.text
