@@ -11,6 +11,7 @@ from pathlib import Path
 from benchmarks.mixture import mixture
 from benchmarks.record import FOLDER
 from benchmarks.training import align, evaluated, training_files
+from rsafe_plugins.evaluation.items import read_items
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def main() -> None:
     files = training_files(
         folder, wildguard=1500, surge=400, ailuminate=1160, jailbreakbench=1310, hatecheck=300, gptfuzz=500
     )
-    changes = ("--set", "items=ITEMS", "--set", "dtype=bfloat16", "--adapter", str(out / "second-mean"))
+    changes = ("--set", "items=4992", "--set", "dtype=bfloat16", "--adapter", str(out / "second-mean"))
     more = ("--set", "by_category=0.3", "--set", "max_prompt_tokens=128")
     more += ("--set", "prompts_as_documents=1500", "--set", "injected_documents=1000")
     more += ("--set", "distill.prompts=0.5", "--set", "distill.responses=1")
@@ -41,7 +42,13 @@ def main() -> None:
     adapter = mixture(out / "second-mean", fifth, 0.5, out / "shipped")
     fitted = out / "fitted.yaml"
     bare = ("--backend", f"embedded:{adapter}", "--reasoning", "never", "--category-threshold", "0.4")
-    evaluated(fifth.parent / "held-out.jsonl", *bare, "--unsafe-share", "0.5", "--fit", fitted)
+    held_out = fifth.parent / "held-out.jsonl"
+    evaluated(held_out, *bare, "--unsafe-share", "0.5", "--fit", fitted)
+    # Most of what is retrieved is harmless.
+    documents = out / "documents.jsonl"
+    rows = [item.model_dump_json() for item in read_items(held_out) if item.task == "document"]
+    documents.write_text("\n".join(rows) + "\n", "utf-8")
+    evaluated(documents, *bare, "--unsafe-share", "0.3", "--fit", fitted)
     print(f"The adapter: {adapter}; its thresholds: {fitted}")
 
 
