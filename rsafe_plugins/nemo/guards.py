@@ -35,6 +35,8 @@ _SECTIONS: dict[Rail, str] = {
 }
 # Sections whose flows NeMo runs, or refuses, in Colang 2.
 _READ_IN_COLANG_2: tuple[Rail, ...] = ("input", "output")
+# Flows that the package's library has for Colang 1.0.
+_OF_LIBRARY = re.compile(r"rsafe |run tool input rails$")
 _CHECKS_OUTPUT = re.compile(r"rsafe\s+check\s+output|RsafeCheckOutputAction")
 _FLOW = re.compile(r"\s*([^$(]*?)\s*([$(].*)?", re.DOTALL)
 _POLICY = re.compile(r"""(?:\$policy\s*=|\(\s*\$?policy\s*=)\s*(["']?)([^"',$)\s]+)\1\s*\)?\s*""")
@@ -204,7 +206,7 @@ def _runs_ours(config: RailsConfig) -> bool:
     """Whether a rail is one of our flows, or a flow of the app calls one or its action."""
     if any(name_of(flow) in _OURS for rail in RAILS for flow in _flows(config, rail)):
         return True
-    own = [flow for flow in config.flows or [] if not isinstance(flow, dict) or flow.get("id") not in _OURS]
+    own = [flow for flow in config.flows or [] if not _OF_LIBRARY.match(str(flow.get("id", "")))]
     return bool(re.search(r"rsafe[ _]check", str(own)))
 
 
