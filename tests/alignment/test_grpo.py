@@ -133,6 +133,7 @@ def test_three_steps_earn_rewards_and_change_the_weights(stage: Stage, tmp_path:
         torch.equal(parameter, after[name]) and not torch.equal(parameter, before[name])
         for name, parameter in saved.named_parameters()
     )
+    run.finish()
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
