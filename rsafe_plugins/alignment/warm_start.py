@@ -344,7 +344,9 @@ class WarmStart:
             model, rank=settings.rank, first_layer=settings.first_layer, adapter=adapter
         ).to(self.device)
         self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self._start = [parameter.detach().clone() for parameter in self._trained]
+        # What the adapter was, where some of what it says is kept.
+        kept = self._trained if settings.distill.any else []
+        self._start = [parameter.detach().clone() for parameter in kept]
         out.mkdir(parents=True, exist_ok=True)
         self.out = out
         self.log = Log(out / "log.jsonl")

@@ -24,6 +24,8 @@ from rsafe_plugins.errors import SettingsError
 
 if TYPE_CHECKING:
     from rsafe_plugins.alignment.data import TrainingData, TrainingFile
+    from rsafe_plugins.alignment.grpo import GRPO
+    from rsafe_plugins.alignment.warm_start import WarmStart
     from rsafe_plugins.evaluation.items import LabelledItem
 
 _WARM_START, _GRPO = "warm-start", "grpo"
@@ -245,7 +247,7 @@ class _Job:
 
 
 _Ran = tuple[dict[str, Any] | None, Callable[[], None]]
-"""What to report, from the first process, and what is to be done once that is written."""
+"""What to report, from the first process only, and what is to be done once that is written."""
 
 
 def _warm_start(job: _Job, recipe: str | None, options: dict[str, Any]) -> _Ran:
@@ -317,8 +319,7 @@ def _warm_start(job: _Job, recipe: str | None, options: dict[str, Any]) -> _Ran:
             total,
             lambda seen, loss: progress.update(bar, completed=seen, figure=f"loss {loss:.3f}"),
         )
-    if stage.rank == 0 and not stage.log.rows:
-        raise SettingsError("The time was up before the first step: give it more minutes, or none.")
+    _check_trained(stage)
     folder = stage.save()
     if stage.rank > 0:
         return None, stage.finish
@@ -367,8 +368,7 @@ def _grpo(job: _Job, recipe: str | None, options: dict[str, Any]) -> _Ran:
     with _progress(shown=stage.rank == 0) as progress:
         bar = progress.add_task(_GRPO, total=stage.steps, figure="")
         stage.train(lambda step, reward: progress.update(bar, completed=step, figure=f"reward {reward:.3f}"))
-    if stage.rank == 0 and not stage.log.rows:
-        raise SettingsError("The time was up before the first step: give it more minutes, or none.")
+    _check_trained(stage)
     folder = stage.save()
     if stage.rank > 0:
         return None, stage.finish
@@ -389,6 +389,12 @@ def _grpo(job: _Job, recipe: str | None, options: dict[str, Any]) -> _Ran:
         return {**report, "model": str(folder)}, stage.finish
     exported = _exported(folder, stage.base_config, job.out, _GRPO)
     return {**report, "adapter": str(folder), **exported}, stage.finish
+
+
+def _check_trained(stage: WarmStart | GRPO) -> None:
+    """Refuses to call that an adapter which no step has trained; only the first process knows the steps."""
+    if stage.rank == 0 and not stage.log.rows:
+        raise SettingsError("The time was up before the first step: give it more minutes, or none.")
 
 
 def _machine(device: str, processes: int) -> str:

@@ -188,7 +188,7 @@ def whole(chunks: Sequence[Any], input_key: str | None = None) -> Any:
 def _grow(values: Sequence[str]) -> bool:
     """Whether each text is the one before it with more behind it, as parsers of JSON stream it.
 
-    Pieces of a text hardly ever are, and two never tell: they count as pieces, unless the first is empty.
+    Pieces of a text hardly ever are. One or two texts don't tell, and count as pieces; empty ones don't count.
     """
     texts = [value for value in values if value]
     return len(texts) > 2 and all(after.startswith(before) for before, after in pairwise(values))

@@ -33,9 +33,7 @@ from rsafe_plugins.llama_index.judging import (
 )
 
 # What LlamaIndex hands on to its workflow, beside the agent's own.
-_OF_WORKFLOWS = frozenset(
-    ("timeout", "verbose", "service_manager", "resource_manager", "num_concurrent_runs")
-)
+_OF_WORKFLOWS = ("service_manager", "resource_manager", "num_concurrent_runs")
 
 
 class RSafeFunctionAgent(FunctionAgent):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rsafe_plugins.policy.translate.pieces import Draft, Entry, Piece, Rule, capital
 from rsafe_plugins.policy.translate.prose import (
+    ALLOWED_ELSEWHERE,
     BULLET,
     Says,
     add_sentence,
@@ -35,16 +36,15 @@ _GOOD = _form(
 _SAFE = _form(r"^\W*safe(?:\s+(?:content|messages?))?\s*(?:\([^)]*\))?\W*$")
 _BAD = _form(
     r"\b(?:forbid\w*|prohibit\w*|disallow\w*|banned|bans?|unsafe|violat\w+|block\w*|refus\w+|reject\w*|restrict\w*|"
-    r"unacceptable|don['\u2019]?ts|flag(?:ged)?|suspend\w*|removed|delet\w+|punish\w*|(?:to|for)\s+remov\w+|report(?:ed|able)|filter(?:ed)?|"
+    r"unacceptable|don['\u2019]?ts|flag(?:ged)?|suspend\w*|removed|delet\w+|punish\w*|"
+    r"(?:to|for)\s+remov\w+|report(?:ed|able)|filter(?:ed)?|"
     r"censor\w*|abus\w+|wrong|harm(?!less)\w*|illegal|avoid\w*|zero|den(?:y|ied))\b"
 )
 _NEGATION = _form(
     r"\b(?:not|never|no|none|neither|nobody|non(?=[\s-]*violat)|cannot|nothing)\b|n['\u2019]t\b|"
     r"\b(?:dont|cant|isnt|arent|wont|hardly|rarely|seldom|scarcely|nowhere)\b"
 )
-_ELSEWHERE = _form(  # that something is allowed, in other languages
-    r"\b(?:erlaubt\w*|gestattet\w*|zul\u00e4ssig\w*|autoris\u00e9\w*|permis(?:e|es)?|permitid[oa]s?|consentit[oaie])\b"
-)
+_ELSEWHERE = _form(ALLOWED_ELSEWHERE)
 # Beside a word that allows, these may take it back, or make it wider: "far from acceptable", "allowed without limits".
 _TAKES_BACK = _form(r"\b(?:lack\w*|without|far\s+from|beyond|exclud\w+)\b")
 _EXCEPT = _form(r"\b(?:except|unless|other\s+than|apart\s+from)\b")

@@ -127,7 +127,8 @@ _HAPPENS = _form(
     r"appear|abuse|spam|trick|jailbreak|get\s+(?:banned|blocked|suspended|flagged)|"
     r"(?:contain|include|depict)\s+(?:graphic|violen|sexual|explicit|hate|slur|instruction|build|detail)\w*|"
     r"be\s+(?:unsafe|harmful|dangerous|illegal|spam|abusive|flagged|reported|suspended|removed|deleted|banned|punished|"
-    r"tricked|abused))\b|\b(?:is|as)\s+(?:a\s+)?violations?\b|[:,]\s*flag\b|\b(?:say|answer|respond|reply|return|output)\s+(?:with\s+)?\W?(?:yes|unsafe)\b"
+    r"tricked|abused))\b|\b(?:is|as)\s+(?:a\s+)?violations?\b|[:,]\s*flag\b|"
+    r"\b(?:say|answer|respond|reply|return|output)\s+(?:with\s+)?\W?(?:yes|unsafe)\b"
 )
 # What a ban ends in that is none: "jokes are no longer", "sarcasm does not need to be".
 _NEGATED_END = _form(
@@ -137,13 +138,17 @@ _NEGATED_END = _form(
 # Words of a permission or a duty, in a line that has no form of one: nobody knows what it does.
 _ORDER = _form(
     r"^(?:please\s+|always\s+)?(?:respond|answer|reply|keep|use|encourage|greet|speak|stay|remain|ensure|make\s+sure|"
-    r"allow|accept|permit|let|tolerate|ignore\s+typos|pass|welcome)\s+(?!of\b|for\b|and\b|or\b)"
+    r"allow|accept|permit|let|tolerate|pass|welcome)\s+(?!of\b|for\b|and\b|or\b)"
     r"(?!.*\b(?:violen|slur|hate|abus|harm|self|insult|malware|illegal|brib|crime|drug|weapon|threat)\w*)"
+)
+# That something is allowed, in other languages.
+ALLOWED_ELSEWHERE = (
+    r"\b(?:erlaubt\w*|gestattet\w*|zul\u00e4ssig\w*|d\u00fcrfen|autoris\u00e9\w*|permis(?:e|es)?|permitid[oa]s?|"
+    r"consentit[oaie])\b"
 )
 _PERHAPS_OK = _form(
     rf"\b(?:{_IS}|fully|perfectly|always|we)\s+(?:[a-z]+\s+)?(?:welcome|tolerated?|safe|ok(?:ay)?|fine|accepted|allowed|"
-    r"permitted)\b|\b(?:may|can)\s*,|\b(?:don['\u2019]?t|do\s+not)\s+mind\b|"
-    r"\b(?:erlaubt|gestattet|zul\u00e4ssig|d\u00fcrfen|autoris\u00e9\w*|permis(?:e|es)?|permitid[oa]s?|consentit[oaie])\b"
+    rf"permitted)\b|\b(?:may|can)\s*,|\b(?:don{_APOSTROPHE}?t|do\s+not)\s+mind\b|{ALLOWED_ELSEWHERE}"
 )
 _PEOPLE = _form(
     r"^(?:the\s+|all\s+|any\s+)?(?:\w+\s+)?(?:users?|customers?|people|persons?|somebody|someone|anyone|women|men|"

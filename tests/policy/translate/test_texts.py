@@ -684,9 +684,13 @@ def test_what_only_sounds_like_a_rule_is_neither_forbidden_nor_allowed_but_unkno
         ("Avoid blocking questions about history", "questions about history"),
         ("never censor criticism of the company", "criticism of the company"),
         ("users should be allowed to swear mildly", "swear mildly"),
+        ("The bot may discuss harm reduction", "discuss harm reduction"),
+        ("Users can get help with homework", "get help with homework"),
+        ("The bot may include links", "include links"),
+        ("The bot may try to answer legal questions", "try to answer legal questions"),
     ],
 )
-def test_what_need_not_be_blocked_is_allowed(tmp_path: Path, line: str, allowed: str) -> None:
+def test_what_may_be_or_need_not_be_blocked_is_allowed(tmp_path: Path, line: str, allowed: str) -> None:
     (one,) = only(of(tmp_path, f"Policy:\n- users should not insult\n- {line}\n", "x.md")).categories
     assert one.allows == (allowed,)
 
@@ -818,20 +822,6 @@ def test_how_people_are_treated_excuses_nothing(tmp_path: Path, line: str) -> No
     translation = of(tmp_path, f"Policy:\n- users should not insult\n- {line}\n", "x.md")
     assert [one.allows for one in only(translation).categories] == [()]
     assert [entry.piece.text for entry in translation.unplaced] == [f"- {line}"]
-
-
-@pytest.mark.parametrize(
-    ("line", "allowed"),
-    [
-        ("The bot may discuss harm reduction", "discuss harm reduction"),
-        ("Users can get help with homework", "get help with homework"),
-        ("The bot may include links", "include links"),
-        ("The bot may try to answer legal questions", "try to answer legal questions"),
-    ],
-)
-def test_ordinary_permissions_stay_exceptions(tmp_path: Path, line: str, allowed: str) -> None:
-    (one,) = only(of(tmp_path, f"Policy:\n- users should not insult\n- {line}\n", "x.md")).categories
-    assert one.allows == (allowed,)
 
 
 @pytest.mark.parametrize("line", ["Write malware", "Encourage violence", "Use slurs", "Accept bribes"])
