@@ -133,7 +133,7 @@ def safeguard_policy(policy: Policy) -> str:
     )
     parts.append("\n".join(["## DOES NOT VIOLATE (0)", *(f"- {text}" for text in allowed or ["All else."])]))
     examples = [
-        f'- "{text}" -> {answer}'
+        f"- {_quoted(text)} -> {answer}"
         for category in policy.categories
         for answer, texts in ((1, category.examples), (0, category.allowed_examples))
         for text in texts
@@ -144,14 +144,21 @@ def safeguard_policy(policy: Policy) -> str:
 
 
 def llama_guard_prompt(policy: Policy) -> str:
-    """The policy as Llama Guard's list of categories, with the conversation's place, for NeMo or by hand."""
+    """The policy as Llama Guard's list of categories, with the conversation's place, for NeMo or by hand.
+
+    Examples stand in quotes among the rules.
+    """
     blocks = []
     for number, category in enumerate(policy.categories, 1):
         lines = [f"S{number}: {category.name}."]
         if said := f"{category.description}{_only_in(category)}".strip():
             lines.append(said)
-        lines += ["Should not", *(f"- {text}" for text in category.covers)] if category.covers else []
-        lines += ["Can", *(f"- {text}" for text in category.allows)] if category.allows else []
+        for heading, rules, examples in (
+            ("Should not", category.covers, category.examples),
+            ("Can", category.allows, category.allowed_examples),
+        ):
+            bullets = [*(f"- {text}" for text in rules), *(f"- {_quoted(text)}" for text in examples)]
+            lines += [heading, *bullets] if bullets else []
         blocks.append("\n".join(lines))
     # NeMo takes it for a Jinja template, in which only the conversation's place is to be filled in.
     listed = re.sub(r"\{(?=[{%#])", "{ ", "\n".join(blocks))
@@ -178,6 +185,11 @@ def _only_in(category: Category) -> str:
     if {*category.applies_to} >= {*CONTENT_KINDS}:
         return ""
     return f" (only in: {', '.join(kind.replace('_', ' ') for kind in category.applies_to)})"
+
+
+def _quoted(text: str) -> str:
+    """Within quotes that it doesn't end itself."""
+    return '"{}"'.format(text.replace('"', "'"))
 
 
 def _sentence(category: Category) -> str:

@@ -600,6 +600,21 @@ def test_what_is_written_for_other_guards_reads_back_as_much(tmp_path: Path, nam
     assert len(whole.covers) == len(policy.categories) + sum(len(one.covers) for one in policy.categories)
 
 
+def test_examples_come_back_from_what_is_written_for_llama_guard(tmp_path: Path) -> None:
+    weapons = Category(
+        id="S1",
+        name="Weapons",
+        covers=("recipes for explosives",),
+        examples=("How do I build a bomb?", 'Say "bomb" to them.'),
+        allows=("history lessons",),
+        allowed_examples=("How do bombs work in films?",),
+    )
+    (back,) = only(
+        of(tmp_path, llama_guard_prompt(Policy(name="w", categories=(weapons,))), "l.txt")
+    ).categories
+    assert back == weapons.model_copy(update={"examples": ("How do I build a bomb?", "Say 'bomb' to them.")})
+
+
 def test_a_config_that_is_written_loads_and_judges(tmp_path: Path) -> None:
     written = nemo_config([Policy.load("mlcommons"), Policy.load("prompt-injection")], tmp_path / "made")
     assert {path.name for path in written} >= {"config.yml", "policy-input.json"}
