@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rsafe_plugins.backends.base import Backend, Completion, Message, Request, Usage
@@ -65,12 +66,11 @@ def backend_from_string(text: str) -> Backend:
     """The backend that a backend string names.
 
     Args:
-        text: `embedded` (llama.cpp in process with the packaged guard), `embedded:ADAPTER` (the same
-            weights with a GGUF LoRA adapter of your own), `llamacpp:PATH` (any GGUF),
-            `transformers:MODEL` (a Hugging Face name or folder, or a GGUF file), `vllm:MODEL` (a Hugging
-            Face name or folder), or `openai:BASE_URL#MODEL` (a server that speaks OpenAI's chat API;
-            several addresses with commas between them are one pool; without `#MODEL` the only model that
-            it has).
+        text: `embedded` (llama.cpp in process with the packaged guard), `embedded:ADAPTER` (the same weights with a
+            GGUF LoRA adapter of your own), `llamacpp:PATH` (any GGUF), `llamacpp:PATH#ADAPTER` (with a GGUF LoRA
+            adapter made for it), `transformers:MODEL` (a Hugging Face name or folder, or a GGUF file), `vllm:MODEL` (a
+            Hugging Face name or folder), or `openai:BASE_URL#MODEL` (a server that speaks OpenAI's chat API; several
+            addresses with commas between them are one pool; without `#MODEL` the only model that it has).
 
     Raises:
         SettingsError: The string names no backend.
@@ -80,7 +80,8 @@ def backend_from_string(text: str) -> Backend:
         from rsafe_plugins.backends.llamacpp import LlamaCppBackend
 
         if engine == "llamacpp":
-            return LlamaCppBackend(rest)
+            model, adapter = model_and_adapter(rest)
+            return LlamaCppBackend(model, adapter=adapter)
         return LlamaCppBackend(adapter=rest) if rest else LlamaCppBackend()
     if engine == "transformers" and rest:
         from rsafe_plugins.backends.transformers import TransformersBackend
@@ -96,6 +97,12 @@ def backend_from_string(text: str) -> Backend:
         urls, _, model = rest.partition("#")
         return OpenAIBackend(urls.split(","), model or None)
     raise SettingsError(
-        "backend must be 'embedded', 'embedded:ADAPTER', 'llamacpp:PATH', 'transformers:MODEL', 'vllm:MODEL' or "
-        f"'openai:BASE_URL#MODEL', not {text!r}."
+        "backend must be 'embedded', 'embedded:ADAPTER', 'llamacpp:PATH', 'llamacpp:PATH#ADAPTER', "
+        f"'transformers:MODEL', 'vllm:MODEL' or 'openai:BASE_URL#MODEL', not {text!r}."
     )
+
+
+def model_and_adapter(text: str) -> tuple[str, str | None]:
+    """The two paths of `PATH#ADAPTER`; a file whose own name has such a mark is no adapter's."""
+    model, mark, adapter = text.rpartition("#")
+    return (model, adapter) if mark and model and adapter and not Path(text).exists() else (text, None)

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from rsafe_plugins.backends import model_and_adapter
 from rsafe_plugins.errors import DataError
 from rsafe_plugins.evaluation.items import LabelledItem
 from rsafe_plugins.guard import Guard, Verdict
@@ -73,7 +74,7 @@ def engine_identity(guard: Guard) -> str:
     """
     backend = guard.settings.backend
     where = backend.partition(":")[2] if isinstance(backend, str) else ""
-    path = Path(where)
+    path = Path(model_and_adapter(where)[0])  # an adapter's weights are in the model's name
     seen: object = where
     if where and path.exists():
         files = sorted(path.iterdir()) if path.is_dir() else [path]

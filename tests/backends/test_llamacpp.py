@@ -371,6 +371,22 @@ def test_a_backend_string_can_name_an_adapter_for_the_embedded_weights(tmp_path:
     assert named.model != packaged.model
 
 
+def test_a_backend_string_can_name_a_model_and_an_adapter(tmp_path: Path) -> None:
+    model, adapter = tmp_path / "mine#2.gguf", tmp_path / "adapter.gguf"
+    for file in (model, adapter):
+        file.write_bytes(b"GGUF mine")
+    named = backend_from_string(f"llamacpp:{model}#{adapter}")
+    assert named.model == LlamaCppBackend(model, adapter=adapter).model
+    assert named.model.startswith("mine#2+adapter")
+    assert backend_from_string(f"llamacpp:{model}").model == "mine#2"
+
+
+async def test_an_adapter_that_is_not_there_is_said_by_its_name(tmp_path: Path) -> None:
+    model = embedded_weights()
+    with pytest.raises(BackendUnavailable, match=r"nowhere\.gguf"):
+        await backend_from_string(f"llamacpp:{model}#{tmp_path / 'nowhere.gguf'}").start()
+
+
 def test_the_engine_is_imported_only_when_it_starts() -> None:
     code = "import sys, rsafe_plugins.backends.llamacpp; sys.exit('xllamacpp' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

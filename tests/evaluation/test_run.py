@@ -81,12 +81,14 @@ def test_weights_of_the_same_file_name_are_told_apart_and_the_same_ones_are_know
 ) -> None:
     pytest.importorskip("xllamacpp")
 
-    def identity(folder: str) -> str:
-        return engine_identity(Guard(backend=f"llamacpp:{tmp_path / folder / 'guard.gguf'}"))
+    def identity(folder: str, adapter: str = "") -> str:
+        return engine_identity(Guard(backend=f"llamacpp:{tmp_path / folder / 'guard.gguf'}{adapter}"))
 
     for folder, weights in (("first", b"GGUF"), ("second", b"GGUF, but trained")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "guard.gguf").write_bytes(weights)
+    adapted = [identity(folder, f"#{tmp_path / 'first' / 'guard.gguf'}") for folder in ("first", "second")]
+    assert len({*adapted, identity("first"), identity("second")}) == 4
     before = identity("first")
     assert before.startswith("guard-")
     assert identity("first") == before != identity("second")
