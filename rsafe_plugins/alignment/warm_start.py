@@ -36,14 +36,13 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from rsafe_plugins.alignment.examples import Example, PolicyVariant
 from rsafe_plugins.alignment.export import ExportError, read_gguf
 from rsafe_plugins.alignment.prompts import TrainingPrompt
-from rsafe_plugins.alignment.recipe import WarmStartSettings
+from rsafe_plugins.alignment.recipe import CHECKPOINTS, WarmStartSettings
 from rsafe_plugins.backends.causal_lm import load
 from rsafe_plugins.errors import BackendUnavailable, RSafeError
 from rsafe_plugins.guard.prompt import GuardPrompt
 
 BARE_PREFILL = "\\boxed{"
 THOUGHT_PREFILL = "<think>"
-CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_SECONDS = 300
 
 
@@ -419,7 +418,7 @@ class WarmStart:
         minutes: float,
     ) -> None:
         """Writes all that a run needs to go on after `steps`."""
-        path = self.out / CHECKPOINT
+        path = self.out / CHECKPOINTS["warm-start"]
         state = {
             "run": self._run,
             "steps": steps,
@@ -441,7 +440,7 @@ class WarmStart:
         self, parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> tuple[int, int, float]:
         """Takes up a run that died: its steps, examples and minutes so far; zeros where there is none."""
-        path = self.out / CHECKPOINT
+        path = self.out / CHECKPOINTS["warm-start"]
         if not path.exists():
             return 0, 0, 0.0
         try:
@@ -616,7 +615,7 @@ class WarmStart:
     def finish(self) -> None:
         """Removes the checkpoint, which a run whose results are all written has no use for."""
         if self.rank == 0:
-            (self.out / CHECKPOINT).unlink(missing_ok=True)
+            (self.out / CHECKPOINTS["warm-start"]).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,6 +143,7 @@ def align(
     if merged and options["full"]:
         raise click.UsageError("--full trains all weights: there is no adapter to merge.")
     from rsafe_plugins.alignment.data import TrainingFile
+    from rsafe_plugins.alignment.recipe import CHECKPOINTS
 
     # They concern us and not who trains, and would tear the progress bar.
     warnings.filterwarnings("ignore", module=r"(transformers|peft|trl|torch)\.")
@@ -152,6 +153,11 @@ def align(
         raise click.UsageError(
             f"A run ended in {out}, and another one there would take its place: name another folder with --out."
         )
+    for other, checkpoint in CHECKPOINTS.items():
+        if other != stage and (out / checkpoint).exists():
+            raise click.UsageError(
+                f"A run of the stage {other} died in {out}: start that again, or name another folder with --out."
+            )
     job = _Job(sources, held_out, out, _adapter(adapter), template)
     try:
         run = _warm_start if stage == _WARM_START else _grpo

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rsafe_plugins.alignment.recipe import WarmStartSettings, load_recipe
+from rsafe_plugins.alignment.recipe import CHECKPOINTS, WarmStartSettings, load_recipe
 from rsafe_plugins.cli import main
 from rsafe_plugins.evaluation.items import read_items
 
@@ -155,6 +155,16 @@ def test_a_run_that_ended_is_not_overwritten(
     assert main([*command, "--seed", "7"]) == 2
     assert "another one there would take its place" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(("stage", "other"), [("warm-start", "grpo"), ("grpo", "warm-start")])
+def test_a_folder_in_which_the_other_stage_died_is_refused(
+    stage: str, other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "data.jsonl")
+    (tmp_path / CHECKPOINTS[other]).touch()
+    assert main(["align", "--stage", stage, str(data), "--out", str(tmp_path)]) == 2
+    assert f"A run of the stage {other} died in" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_what_was_trained_is_not_lost_when_it_cannot_be_written(
