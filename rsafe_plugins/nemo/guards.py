@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -38,6 +38,11 @@ _READ_IN_COLANG_2: tuple[Rail, ...] = ("input", "output")
 # Flows that the package's library has for Colang 1.0.
 _OF_LIBRARY = re.compile(r"rsafe |run tool input rails$")
 _CHECKS_OUTPUT = re.compile(r"rsafe\s+check\s+output|RsafeCheckOutputAction")
+# A flow of ours in the code of Colang 2, and what it is given there on its line.
+_CALLED = re.compile(rf"\b(?P<flow>rsafe check (?:{'|'.join(RAILS).replace('_', ' ')}))\b(?P<given>[^\n#]*)")
+_LITERAL = re.compile(r"""\$policy\s*=\s*(["'])(?P<name>.+?)\1""")
+# What Colang 2's own flows are given is no policy.
+_TEXT = re.compile(r"\s*\(?\s*(?:\$policy\s*=\s*)?\$(?:input_text|output_text|user_message|bot_message)\b")
 _FLOW = re.compile(r"\s*([^$(]*?)\s*([$(].*)?", re.DOTALL)
 _POLICY = re.compile(r"""(?:\$policy\s*=|\(\s*\$?policy\s*=)\s*(["']?)([^"',$)\s]+)\1\s*\)?\s*""")
 
@@ -180,16 +185,21 @@ class RailGuards:
                     f"Several flows '{flow_of(rail)}' must each name a policy of its own, as in "
                     f"'{flow_of(rail)} $policy=mlcommons', and they name {named}."
                 )
-            # Colang 2 names its flows in code, so that only the settings say which rails there are.
+            # In Colang 2, which names its flows in code, the settings say which rails there are.
             for name in named or [None] * (rail in self._policies):
-                policy = self._guard(name or self._policies.get(rail)).policy
-                try:
-                    policy.for_kind(_KINDS[rail])
-                except PolicyError as error:
-                    raise SettingsError(
-                        f"The flow '{flow_of(rail)}' needs a policy with a category that applies to "
-                        f"{_KINDS[rail]}, and {policy.name!r} has none: set custom_data.rsafe.policies.{rail}."
-                    ) from error
+                self._check_policy(rail, name)
+        for rail, name in _called(config):
+            self._check_policy(rail, name)
+
+    def _check_policy(self, rail: Rail, name: str | None) -> None:
+        policy = self._guard(name or self._policies.get(rail)).policy
+        try:
+            policy.for_kind(_KINDS[rail])
+        except PolicyError as error:
+            raise SettingsError(
+                f"The flow '{flow_of(rail)}' needs a policy with a category that applies to "
+                f"{_KINDS[rail]}, and {policy.name!r} has none: set custom_data.rsafe.policies.{rail}."
+            ) from error
 
     def _guard(self, policy: Policy | str | Path | None) -> Guard:
         if policy is None:
@@ -200,6 +210,23 @@ class RailGuards:
             settings = self.default.settings.model_copy(update={"policy": found})
             self._guards[key] = Guard.from_settings(settings)
         return self._guards[key]
+
+
+def _called(config: RailsConfig) -> Iterator[tuple[Rail, str]]:
+    """Our flows that the app's code gives a policy by its name or path, in Colang 2.
+
+    Raises:
+        SettingsError: One is given a text in its place.
+    """
+    code = "\n".join(str(getattr(flow, "source_code", "")) for flow in config.flows or [])
+    for call in _CALLED.finditer(code):
+        if _TEXT.match(call["given"]):
+            raise SettingsError(
+                f"The flow '{call['flow']}' takes nothing but a policy, as in '{call['flow']} $policy=\"mlcommons\"', "
+                f"not {call['given'].strip()!r}: it finds the text itself."
+            )
+        if literal := _LITERAL.search(call["given"]):
+            yield _OURS[call["flow"]], literal["name"]
 
 
 def _runs_ours(config: RailsConfig) -> bool:

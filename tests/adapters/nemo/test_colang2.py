@@ -115,7 +115,7 @@ async def test_each_instance_judges_under_its_own_policy() -> None:
 
 
 async def test_a_policy_that_is_not_there_blocks() -> None:
-    flows = CHAT.replace("rsafe check input", 'rsafe check input $policy="nonsense"')
+    flows = CHAT.replace("rsafe check input", '$mine = "nonsense"\n  rsafe check input $policy=$mine')
     assert ANSWER not in await reply(build(ScriptedBackend(SAFE), flows))
 
 
@@ -319,6 +319,6 @@ def test_sections_that_nemo_does_not_read_in_colang_2_stop_the_app(section: str,
 @pytest.mark.parametrize("policy", ['["mlcommons"]', '""', "7", '"nonsense"', '"$x"'])
 async def test_what_is_no_policy_lets_nothing_through(policy: str) -> None:
     backend = ScriptedBackend(SAFE)
-    flows = CHAT.replace("rsafe check input", f"rsafe check input $policy={policy}")
+    flows = CHAT.replace("rsafe check input", f"$mine = {policy}\n  rsafe check input $policy=$mine")
     assert await reply(build(backend, flows)) != ANSWER
     assert backend.requests == []

@@ -8,7 +8,7 @@ import pytest
 from nemoguardrails import LLMRails, RailsConfig
 from support.nemo import ANSWER, REFUSAL, SAFE, UNSAFE, App, MainModel, build, user
 
-from rsafe_plugins import Policy
+from rsafe_plugins import Category, Policy
 from rsafe_plugins.backends import Request
 from rsafe_plugins.errors import SettingsError
 from rsafe_plugins.testing import ScriptedBackend
@@ -147,6 +147,42 @@ def test_a_policy_of_a_rail_in_colang_2_is_read_when_the_app_is_built() -> None:
     with pytest.raises(RuntimeError) as raised:
         LLMRails(config, llm=MainModel())
     assert "nonsense" in str(raised.value.__cause__)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ('rsafe check input $policy="nonsense"', "nonsense"),
+        ("await rsafe check output $policy='nonsense'", "nonsense"),
+        ('$r = await rsafe check tool result $results=[] $policy="nonsense"', "nonsense"),
+        ('rsafe check input $policy="agents.json"', "needs a policy with a category that applies to prompt"),
+        ("rsafe check input $input_text", "takes nothing but a policy"),
+        ("await rsafe check output $policy=$output_text", "takes nothing but a policy"),
+        # What isn't known before the flow runs, isn't code, or is well.
+        ("rsafe check input $policy=$mine", ""),
+        ('rsafe check input # $policy="nonsense"', ""),
+        ('rsafe check input $policy="house.json"', ""),
+    ],
+)
+def test_what_a_flow_of_colang_2_is_given_is_checked_when_the_app_is_built(
+    tmp_path: Path, call: str, message: str
+) -> None:
+    category = Category(id="P1", name="Threats")
+    for name, kind in (("house", "prompt"), ("agents", "tool_call")):
+        policy = Policy(name=name, categories=(category.model_copy(update={"applies_to": (kind,)}),))
+        (tmp_path / f"{name}.json").write_text(policy.model_dump_json(exclude_none=True))
+    (tmp_path / "config.yml").write_text('models: []\ncolang_version: "2.x"\n')
+    (tmp_path / "main.co").write_text(
+        f"import core\nimport guardrails\nimport rsafe_plugins.rails\n\nflow input rails $input_text\n  {call}\n"
+    )
+    config = RailsConfig.from_path(str(tmp_path))
+    config.custom_data["rsafe"] = {"backend": ScriptedBackend(SAFE)}
+    if not message:
+        LLMRails(config, llm=MainModel())
+        return
+    with pytest.raises(RuntimeError) as raised:
+        LLMRails(config, llm=MainModel())
+    assert message in str(raised.value.__cause__)
 
 
 def test_a_policy_file_is_found_in_the_config_s_folder(tmp_path: Path) -> None:
