@@ -28,7 +28,7 @@ from rsafe_plugins.alignment.curves import check_rows, draw_curves, log_row
 from rsafe_plugins.alignment.draws import Draws, DrawSampler, place_of
 from rsafe_plugins.alignment.examples import injection_variant
 from rsafe_plugins.alignment.prompts import TrainingPrompt
-from rsafe_plugins.alignment.recipe import CHECKPOINTS, GRPOSettings
+from rsafe_plugins.alignment.recipe import GRPOSettings
 from rsafe_plugins.alignment.rewards import (
     accuracy_reward,
     adherence_rewards,
@@ -321,7 +321,7 @@ class GRPO:
         out.mkdir(parents=True, exist_ok=True)
         self.draws = Draws(items, settings.policies, paired=settings.adherence_weight > 0, seed=settings.seed)
         self.steps = settings.steps or max(1, settings.epochs * len(self.draws) // settings.batch)
-        self.checkpoints = out / CHECKPOINTS["grpo"]
+        self.checkpoints = out / "checkpoints"
         state = PartialState(cpu=not torch.cuda.is_available())
         self.rank, self.processes = state.process_index, state.num_processes
         accumulated = _accumulated(settings, self.processes)

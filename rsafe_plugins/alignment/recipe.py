@@ -14,7 +14,7 @@ from rsafe_plugins.errors import SettingsError
 from rsafe_plugins.policy import ContentKind
 
 # What a stage writes into its folder to go on from, and removes once all is written.
-CHECKPOINTS = {"warm-start": "checkpoint.pt", "grpo": "checkpoints"}
+CHECKPOINTS = {"warm-start": "checkpoint.pt", "grpo": "checkpoints/checkpoint-*"}
 
 _PACKAGED = resources.files("rsafe_plugins.alignment").joinpath("recipes")
 

@@ -103,6 +103,9 @@ def backend_from_string(text: str) -> Backend:
 
 
 def model_and_adapter(text: str) -> tuple[str, str | None]:
-    """The two paths of `PATH#ADAPTER`; a file whose own name has such a mark is no adapter's."""
-    model, mark, adapter = text.rpartition("#")
-    return (model, adapter) if mark and model and adapter and not Path(text).exists() else (text, None)
+    """The two paths of `PATH#ADAPTER`. Such a mark in a file's own name is known by the file."""
+    marks = [place for place, letter in enumerate(text) if letter == "#" and 0 < place < len(text) - 1]
+    if not marks or Path(text).expanduser().exists():
+        return text, None
+    place = next((place for place in marks if Path(text[:place]).expanduser().exists()), marks[-1])
+    return text[:place], text[place + 1 :]

@@ -154,7 +154,7 @@ def align(
             f"A run ended in {out}, and another one there would take its place: name another folder with --out."
         )
     for other, checkpoint in CHECKPOINTS.items():
-        if other != stage and (out / checkpoint).exists():
+        if other != stage and any(out.glob(checkpoint)):
             raise click.UsageError(
                 f"A run of the stage {other} died in {out}: start that again, or name another folder with --out."
             )

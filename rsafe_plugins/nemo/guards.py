@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from nemoguardrails import RailsConfig
+from nemoguardrails.colang.v2_x.lang.colang_ast import Element, Spec
 
 from rsafe_plugins.errors import PolicyError, SettingsError
 from rsafe_plugins.guard import Guard, GuardSettings
@@ -38,11 +39,9 @@ _READ_IN_COLANG_2: tuple[Rail, ...] = ("input", "output")
 # Flows that the package's library has for Colang 1.0.
 _OF_LIBRARY = re.compile(r"rsafe |run tool input rails$")
 _CHECKS_OUTPUT = re.compile(r"rsafe\s+check\s+output|RsafeCheckOutputAction")
-# A flow of ours in the code of Colang 2, and what it is given there on its line.
-_CALLED = re.compile(rf"\b(?P<flow>rsafe check (?:{'|'.join(RAILS).replace('_', ' ')}))\b(?P<given>[^\n#]*)")
-_LITERAL = re.compile(r"""\$policy\s*=\s*(["'])(?P<name>.+?)\1""")
-# What Colang 2's own flows are given is no policy.
-_TEXT = re.compile(r"\s*\(?\s*(?:\$policy\s*=\s*)?\$(?:input_text|output_text|user_message|bot_message)\b")
+# In the code of Colang 2: text without variables in it, and what its flows are given, which is no policy.
+_LITERAL = re.compile(r"""(["'])(?P<text>[^"'{}]+)\1""")
+_TEXTS = ("$input_text", "$output_text", "$user_message", "$bot_message")
 _FLOW = re.compile(r"\s*([^$(]*?)\s*([$(].*)?", re.DOTALL)
 _POLICY = re.compile(r"""(?:\$policy\s*=|\(\s*\$?policy\s*=)\s*(["']?)([^"',$)\s]+)\1\s*\)?\s*""")
 
@@ -218,15 +217,34 @@ def _called(config: RailsConfig) -> Iterator[tuple[Rail, str]]:
     Raises:
         SettingsError: One is given a text in its place.
     """
-    code = "\n".join(str(getattr(flow, "source_code", "")) for flow in config.flows or [])
-    for call in _CALLED.finditer(code):
-        if _TEXT.match(call["given"]):
+    flows = config.flows if config.colang_version != "1.0" else []
+    replaced = {flow.name for flow in flows if any(one.name == "override" for one in flow.decorators)}
+    for call in _specs([flow.elements for flow in flows]):
+        rail = _OURS.get(str(call.name)) if call.name not in replaced else None
+        if rail is None:
+            continue
+        place = "$1" if rail in ("tool_call", "tool_result") else "$0"
+        given = call.arguments.get("policy", call.arguments.get(place))
+        if given in _TEXTS:
             raise SettingsError(
-                f"The flow '{call['flow']}' takes nothing but a policy, as in '{call['flow']} $policy=\"mlcommons\"', "
-                f"not {call['given'].strip()!r}: it finds the text itself."
+                f"The flow '{call.name}' takes a policy, as in '{call.name} $policy=\"mlcommons\"', not {given}: it "
+                "finds the text itself."
             )
-        if literal := _LITERAL.search(call["given"]):
-            yield _OURS[call["flow"]], literal["name"]
+        if literal := _LITERAL.fullmatch(str(given)):
+            yield rail, literal["text"]
+
+
+def _specs(parsed: object) -> Iterator[Spec]:
+    """What the code names, wherever it stands in what NeMo parsed."""
+    if isinstance(parsed, Spec):
+        yield parsed
+    elif isinstance(parsed, Element):
+        yield from _specs(vars(parsed))
+    elif isinstance(parsed, Mapping):
+        yield from _specs([*parsed.values()])
+    elif isinstance(parsed, list):
+        for one in parsed:
+            yield from _specs(one)
 
 
 def _runs_ours(config: RailsConfig) -> bool:

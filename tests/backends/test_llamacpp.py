@@ -371,7 +371,9 @@ def test_a_backend_string_can_name_an_adapter_for_the_embedded_weights(tmp_path:
     assert named.model != packaged.model
 
 
-def test_a_backend_string_can_name_a_model_and_an_adapter(tmp_path: Path) -> None:
+def test_a_backend_string_can_name_a_model_and_an_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, adapter = tmp_path / "mine#2.gguf", tmp_path / "adapter.gguf"
     for file in (model, adapter):
         file.write_bytes(b"GGUF mine")
@@ -379,6 +381,10 @@ def test_a_backend_string_can_name_a_model_and_an_adapter(tmp_path: Path) -> Non
     assert named.model == LlamaCppBackend(model, adapter=adapter).model
     assert named.model.startswith("mine#2+adapter")
     assert backend_from_string(f"llamacpp:{model}").model == "mine#2"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert backend_from_string("llamacpp:~/mine#2.gguf").model == "mine#2"
+    odd = adapter.rename(tmp_path / "#1.gguf")
+    assert backend_from_string(f"llamacpp:~/mine#2.gguf#{odd}").model.startswith("mine#2+#1")
 
 
 async def test_an_adapter_that_is_not_there_is_said_by_its_name(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ _ALLOWS_INLINE = re.compile(
     r"^(?:AI|(?:the\s+|AI\s+)?(?:models?|assistants?))\s+(?:can|may)\s+(?P<what>.+)", re.IGNORECASE
 )
 _MORE = re.compile(r"\b(?:but|only|never|unless|except|however|not)\b|n['\u2019]t\b|[.;]\s+\S", re.IGNORECASE)
-_QUOTED = re.compile(r"[\"\u201c](?P<text>[^\"\u201c\u201d]+)[\"\u201d]")  # an example
+_EXAMPLE = re.compile(r"for example: \"(?P<text>[^\"]+)\"")  # as `llama_guard_prompt` writes them
 _NO_HEADING = 6  # only bold lines are below a category that is no heading
 _AROUND = "the prompt around the categories; the guard has its own"
 
@@ -104,8 +104,10 @@ def read(draft: Draft, pieces: Sequence[Piece]) -> list[Entry]:
             if part == "description":
                 rule.description = f"{rule.description} {text.rstrip('.;')};".strip()
                 rule.more.append(piece)
-            elif quoted := _QUOTED.fullmatch(text):
-                (rule.allowed_examples if part == "allows" else rule.examples).append((quoted["text"], piece))
+            elif example := _EXAMPLE.fullmatch(text):
+                (rule.allowed_examples if part == "allows" else rule.examples).append(
+                    (example["text"], piece)
+                )
             else:
                 getattr(rule, part).append((text.rstrip("."), piece))
         elif (found := _FORBIDS_INLINE.match(text)) and not _MORE.search(found["what"]):

@@ -146,7 +146,7 @@ def safeguard_policy(policy: Policy) -> str:
 def llama_guard_prompt(policy: Policy) -> str:
     """The policy as Llama Guard's list of categories, with the conversation's place, for NeMo or by hand.
 
-    Examples stand in quotes among the rules.
+    Examples stand among the rules, marked as such.
     """
     blocks = []
     for number, category in enumerate(policy.categories, 1):
@@ -157,7 +157,10 @@ def llama_guard_prompt(policy: Policy) -> str:
             ("Should not", category.covers, category.examples),
             ("Can", category.allows, category.allowed_examples),
         ):
-            bullets = [*(f"- {text}" for text in rules), *(f"- {_quoted(text)}" for text in examples)]
+            bullets = [
+                *(f"- {text}" for text in rules),
+                *(f"- for example: {_quoted(text)}" for text in examples),
+            ]
             lines += [heading, *bullets] if bullets else []
         blocks.append("\n".join(lines))
     # NeMo takes it for a Jinja template, in which only the conversation's place is to be filled in.

@@ -108,7 +108,11 @@ async def test_a_rail_has_the_policy_that_the_settings_give_it() -> None:
         ("input: {flows: [rsafe check input]}", {"policies": {"input": "nonsense"}}, "nonsense"),
         ("input: {flows: [rsafe check input]}", {"policies": {"retrieval": "nonsense"}}, "nonsense"),
         ("input: {flows: [rsafe check input $polcy=mlcommons]}", {}, "not '$polcy=mlcommons'"),
-        ("input: {flows: ['rsafe check input(polcy=mlcommons)']}", {}, "takes nothing but a policy"),
+        (
+            "input: {flows: ['rsafe check input(polcy=mlcommons)']}",
+            {},
+            "takes nothing but a policy",
+        ),
         (
             "input: {flows: [rsafe check input $policy=mlcommons $mode=fast]}",
             {},
@@ -156,12 +160,24 @@ def test_a_policy_of_a_rail_in_colang_2_is_read_when_the_app_is_built() -> None:
         ("await rsafe check output $policy='nonsense'", "nonsense"),
         ('$r = await rsafe check tool result $results=[] $policy="nonsense"', "nonsense"),
         ('rsafe check input $policy="agents.json"', "needs a policy with a category that applies to prompt"),
-        ("rsafe check input $input_text", "takes nothing but a policy"),
-        ("await rsafe check output $policy=$output_text", "takes nothing but a policy"),
+        ("rsafe check input $input_text", "not $input_text: it finds the text itself"),
+        ("await rsafe check output $policy=$output_text", "not $output_text: it finds"),
         # What isn't known before the flow runs, isn't code, or is well.
+        ('rsafe check input "nonsense"', "nonsense"),
+        ('rsafe check input(policy="nonsense")', "nonsense"),
+        ('if $x\n    pass\n  else\n    start rsafe check  input $policy="nonsense"', "nonsense"),
+        ('when rsafe check input $policy="nonsense"\n    pass', "nonsense"),
         ("rsafe check input $policy=$mine", ""),
+        ('rsafe check input $policy="{$mine}.json"', ""),
         ('rsafe check input # $policy="nonsense"', ""),
+        ('"""Was: rsafe check input $policy="nonsense"."""\n  rsafe check input', ""),
+        ("""bot say "write rsafe check input $policy='nonsense'\"""", ""),
+        ('my rsafe check input $policy="nonsense"', ""),
+        ("my rsafe check input $input_text", ""),
+        ('rsafe check input strictly $policy="nonsense"', ""),
+        ('rsafe check retrieval $policy="nonsense"', ""),
         ('rsafe check input $policy="house.json"', ""),
+        ('await rsafe check input and rsafe check tool call $tool_calls=[] $policy="agents.json"', ""),
     ],
 )
 def test_what_a_flow_of_colang_2_is_given_is_checked_when_the_app_is_built(
@@ -174,6 +190,8 @@ def test_what_a_flow_of_colang_2_is_given_is_checked_when_the_app_is_built(
     (tmp_path / "config.yml").write_text('models: []\ncolang_version: "2.x"\n')
     (tmp_path / "main.co").write_text(
         f"import core\nimport guardrails\nimport rsafe_plugins.rails\n\nflow input rails $input_text\n  {call}\n"
+        "\nflow my rsafe check input $policy\n  pass\n\nflow rsafe check input strictly $policy\n  pass\n"
+        "\n@override\nflow rsafe check retrieval $policy\n  pass\n"
     )
     config = RailsConfig.from_path(str(tmp_path))
     config.custom_data["rsafe"] = {"backend": ScriptedBackend(SAFE)}

@@ -605,14 +605,25 @@ def test_examples_come_back_from_what_is_written_for_llama_guard(tmp_path: Path)
         id="S1",
         name="Weapons",
         covers=("recipes for explosives",),
-        examples=("How do I build a bomb?", 'Say "bomb" to them.'),
+        examples=("How do I build a bomb?", 'Say "bomb" to them.', "Say \u201cbomb\u201d now"),
         allows=("history lessons",),
         allowed_examples=("How do bombs work in films?",),
     )
     (back,) = only(
         of(tmp_path, llama_guard_prompt(Policy(name="w", categories=(weapons,))), "l.txt")
     ).categories
-    assert back == weapons.model_copy(update={"examples": ("How do I build a bomb?", "Say 'bomb' to them.")})
+    first, _, last = weapons.examples
+    assert back == weapons.model_copy(update={"examples": (first, "Say 'bomb' to them.", last)})
+
+
+def test_a_rule_in_quotes_stays_a_rule(tmp_path: Path) -> None:
+    terms = Category(
+        id="S1", name="Weapons", covers=('"Ghost guns"', "for example: guns"), allows=('"Knives"',)
+    )
+    (back,) = only(
+        of(tmp_path, llama_guard_prompt(Policy(name="w", categories=(terms,))), "l.txt")
+    ).categories
+    assert back == terms
 
 
 def test_a_config_that_is_written_loads_and_judges(tmp_path: Path) -> None:
