@@ -96,8 +96,10 @@ def _key(item: LabelledItem, guard: Guard, engine: str) -> str:
         second = (guard.by_category.dialect.messages(guard.policy, content), others)
         asked = hashlib.blake2b(repr((chat, second)).encode("utf-8"), digest_size=12).hexdigest()
         how += f"/{point.category_threshold}"
-    unnamed = "" if settings.name_categories else "/unnamed"
-    return f"{asked}/{how}/{settings.max_reasoning_tokens}{unnamed}"
+    named = "/unnamed"
+    if settings.name_categories:
+        named = "/asked" if guard.names_by_category(content.kind) else ""
+    return f"{asked}/{how}/{settings.max_reasoning_tokens}{named}"
 
 
 def _stored(store: Path | None) -> dict[str, Verdict]:

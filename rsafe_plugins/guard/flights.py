@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -21,6 +21,7 @@ class _Flight(Generic[Result]):
     """One batch under way, and how many callers wait for something in it."""
 
     task: asyncio.Task[dict[Hashable, Result]]
+    items: Mapping[Hashable, Any]
     waiting: int = 0
 
 
@@ -34,7 +35,7 @@ class Flights(Generic[Item, Result]):
         work: Gives the results of a batch of items, in order. What it raises, all who wait for it get.
         seconds: How long a result is kept; 0 keeps none. At most 10,000 are kept.
         keep: Whether a result may be kept.
-        late: The result of an item that waited too many seconds for another caller's batch.
+        late: The result of an item that waited too many seconds for the item in another caller's batch.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Flights(Generic[Item, Result]):
         work: Callable[[list[Item]], Awaitable[list[Result]]],
         seconds: float,
         keep: Callable[[Result], bool],
-        late: Callable[[Item, float], Result],
+        late: Callable[[Item, Item, float], Result],
     ) -> None:
         self._work = work
         self._keep = keep
@@ -68,12 +69,14 @@ class Flights(Generic[Item, Result]):
         joined = {self._flying[key] for key, _ in items if key in self._flying and key not in known}
         own: _Flight[Result] | None = None
         if missing:
-            own = _Flight(loop.create_task(self._fly(missing)))
+            own = _Flight(loop.create_task(self._fly(missing)), missing)
             self._flying.update(dict.fromkeys(missing, own))
         awaited = {key: self._flying[key] for key, _ in items if key not in known}
         await self._wait(own, joined, seconds)
         fresh = {
-            key: awaited[key].task.result()[key] if awaited[key].task.done() else self._late(item, seconds)
+            key: awaited[key].task.result()[key]
+            if awaited[key].task.done()
+            else self._late(item, awaited[key].items[key], seconds)
             for key, item in items
             if key in awaited
         }

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from rsafe_plugins.backends import Backend, Completion, Message, Request, Usage, shared_backend
 from rsafe_plugins.errors import (
@@ -34,7 +34,7 @@ from rsafe_plugins.guard.settings import GuardSettings, OnError, Reasoning
 from rsafe_plugins.guard.verdict import Label, Verdict, named_categories
 from rsafe_plugins.policy import Category, ContentKind, Policy
 from rsafe_plugins.policy.condense import condensed
-from rsafe_plugins.policy.taxonomies import left_out
+from rsafe_plugins.policy.taxonomies import in_short, left_out
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,12 @@ _LARGE = 50_000
 # A prompt, query or tool's name of so few characters is never too long by itself.
 _SHORT = 200
 
+# What is asked about category by category; documents weren't part of such training.
 _COMPARED: tuple[ContentKind, ...] = ("prompt", "response")
+# A category that is met is named beside the one that fits best if it is at least that likely to be the one of the two.
+_LEAST_FIT = 0.25
+# Of a policy of more categories the model writes what it found.
+_MOST_ASKED = 40
 
 _FORGOTTEN = Content.prompt("")
 
@@ -67,10 +72,17 @@ class _Check:
     score: float | None = None
     thought: str | None = None
     conclusion: str = ""
+    named: tuple[str, ...] = ()
     error: RSafeError | None = None
     usage: Usage = field(default_factory=Usage)
     part: Span | None = None
     unconfirmed: bool = False
+    settled: bool = False
+
+    def take_usage(self, asked: Sequence[_Check]) -> RSafeError | None:
+        """Counts what questions about it took. Returns why one of them failed, if one did."""
+        self.usage = sum((one.usage for one in asked), self.usage)
+        return next((one.error for one in asked if one.error is not None), None)
 
     def forget(self) -> None:
         """Drops what was judged, so that a verdict that is kept doesn't keep it."""
@@ -85,7 +97,7 @@ class _Check:
         worst = max(parts, key=badness)
         self.label, self.score, self.error = worst.label, worst.score, worst.error
         self.part = worst.part or self.part
-        self.thought, self.conclusion = worst.thought, worst.conclusion
+        self.thought, self.conclusion, self.named = worst.thought, worst.conclusion, worst.named
         self.unconfirmed = any(part.unconfirmed for part in parts)
         self.usage = sum((part.usage for part in parts), self.usage)
 
@@ -108,7 +120,7 @@ class Guard:
         timeout: Seconds for one check.
         on_error: What a failed check does: `block` (the default), `allow`, or `raise`.
         cache: Seconds for which a verdict is kept for the same content; 0, the default, keeps none.
-        name_categories: Whether what is blocked without a thought gets a second request that names categories.
+        name_categories: Whether what is blocked without a thought is asked about once more, to name its categories.
         policy_tokens: What the policy may take of the prompt, in tokens; a longer one loses examples.
         dialect: How the guard model is asked and answers: a name such as `llama-guard`, or a dialect file. Left
             out, it is guessed from the model's name.
@@ -212,14 +224,21 @@ class Guard:
 
     def compared_with(self, kind: ContentKind) -> tuple[Category, ...]:
         """The categories that the policy leaves out, where what is found unsafe is asked about them, too."""
-        # A server may have said only now which model it is, and so what was fitted for it.
-        point = self.operating_point
         # From 0 on everything is unsafe, and nothing could be said to lie under it.
-        if self.dialect.by_category is None or not point.category_threshold or not point.threshold:
-            return ()
-        if not self._scores:
+        if not self._tells_apart or not self.operating_point.threshold:
             return ()
         return self._left_out.get(kind, ())
+
+    def names_by_category(self, kind: ContentKind) -> bool:
+        """Whether what such a content is unsafe for comes from a question about each category of the policy."""
+        return kind in _COMPARED and self._tells_apart
+
+    @property
+    def _tells_apart(self) -> bool:
+        """Whether the model was fitted for questions about single categories, and can be asked them."""
+        # A server may have said only now which model it is, and so what was fitted for it.
+        fitted = bool(self.operating_point.category_threshold)
+        return fitted and self.dialect.by_category is not None and self._scores
 
     @cached_property
     def by_category(self) -> Guard:
@@ -304,7 +323,7 @@ class Guard:
         failure = await self._start_engine()
         seconds = self._seconds(len(checks))
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(seconds) as limit:
                 failure = failure or await self._engine(self.backend.prepare()) or self._unfit_engine()
                 if isinstance(failure, BackendError):
                     for check in checks:
@@ -316,6 +335,9 @@ class Guard:
         except TimeoutError:
             for check in checks:
                 self._time_out(check, seconds)
+        for check in checks:
+            check.settled = True
+        await self._name_what_is_unsafe(checks, limit.when() or 0.0)
         for check in checks:
             check.forget()
         return checks
@@ -357,9 +379,9 @@ class Guard:
         if check.label is None and (check.error is None or isinstance(check.error, InputTooLong)):
             check.error = BackendTimeout(f"The guard model gave no verdict within {seconds:g} s.")
 
-    def _late(self, check: _Check, seconds: float) -> _Check:
+    def _late(self, check: _Check, under_way: _Check, seconds: float) -> _Check:
         """What a check comes to that waits for the same content in another caller's batch, and too long."""
-        late = replace(check)
+        late = replace(under_way if under_way.settled else check)
         self._time_out(late, seconds)
         return late
 
@@ -462,17 +484,17 @@ class Guard:
             await self._decide_whole(checks)
             return
         asked = {
-            id(check): [await self._of_category(check, c) for c in _categories(check)] for check in checks
+            id(check): [await self._of_category(check.content, c) for c in _categories(check)]
+            for check in checks
         }
         await self._decide_whole([one for ones in asked.values() for one in ones])
         for check in checks:
             if ones := asked[id(check)]:
                 check.take_worst(ones)
-                met = [one.policy.categories[0].id for one in ones if one.label == "unsafe"]
-                check.conclusion = f"Categories: {', '.join(met) or 'none'}"
+                check.named = tuple(one.policy.categories[0].id for one in ones if one.label == "unsafe")
 
-    async def _of_category(self, check: _Check, category: Category) -> _Check:
-        return await self._begin(check.content, check.policy.model_copy(update={"categories": (category,)}))
+    async def _of_category(self, content: Content, category: Category) -> _Check:
+        return await self._begin(content, self.policy.model_copy(update={"categories": (category,)}))
 
     async def _decide_whole(self, checks: Sequence[_Check]) -> None:
         for some in self._rounds(checks):
@@ -507,7 +529,7 @@ class Guard:
         for check in bare:
             (compared if self.compared_with(check.content.kind) else final).append(check)
         await self._compare(compared)
-        await self._name_categories(final)
+        await self._write_names([check for check in final if self._naming(check) == "written"])
 
     def _is_uncertain(self, check: _Check) -> bool:
         low, high = self.operating_point.band
@@ -597,9 +619,8 @@ class Guard:
         asked: list[tuple[_Check, list[_Check], list[_Check]]] = []
         for check in checks:
             check.unconfirmed = True
-            ask = self.by_category._of_category
-            own = [await ask(check, category) for category in _categories(check)]
-            others = [await ask(check, category) for category in self.compared_with(check.content.kind)]
+            own = await self._questions(check.content, _categories(check))
+            others = await self._questions(check.content, self.compared_with(check.content.kind))
             asked.append((check, own, others))
         try:
             async with asyncio.timeout(self._verdict_seconds(len(checks))):
@@ -611,29 +632,75 @@ class Guard:
             return
         least = self.operating_point.category_threshold
         for check, own, others in asked:
-            check.usage = sum((one.usage for one in (*own, *others)), check.usage)
-            failed = next((one for one in (*own, *others) if one.error is not None), None)
+            failed = check.take_usage((*own, *others))
             if failed is not None:
                 log.warning(
-                    "What was found unsafe couldn't be compared with what the policy leaves out: %s",
-                    failed.error,
+                    "What was found unsafe couldn't be compared with what the policy leaves out: %s", failed
                 )
                 continue
             check.unconfirmed = False
+            check.named = _best_fitting(own)
             best, other = max(own, key=_log_odds), max(others, key=_log_odds)
-            met = [one for one in own if one is best or one.label == "unsafe"]
-            check.conclusion = f"Categories: {', '.join(one.policy.categories[0].id for one in met)}"
-            # That it is the better fit, of the two of which one is.
-            fits = 1 / (1 + math.exp(_log_odds(other) - _log_odds(best)))
+            fits = _fit(best, other)
             if other.label == "unsafe" and fits < least:
                 # The score lies under its threshold by as much as the fit does.
                 score = self.operating_point.threshold * fits / least
                 check.label, check.score = "safe", min(check.score or 0.0, score)
 
-    async def _name_categories(self, checks: Sequence[_Check]) -> None:
-        """What a bare unsafe verdict is for. It explains a block and can't lift it."""
+    async def _questions(self, content: Content, categories: Iterable[Category]) -> list[_Check]:
+        """One for each category, not asked yet."""
+        asked = [await self.by_category._of_category(content, category) for category in categories]
+        await asyncio.sleep(0)  # the checks of others go on in between
+        return asked
+
+    def _naming(self, check: _Check) -> Literal["", "only", "asked", "written"]:
+        """How the categories of a bare unsafe verdict come to be known."""
+        categories = _categories(check)
+        if not self.settings.name_categories or not categories:
+            return ""
+        if len(categories) == 1:
+            return "only"
+        is_asked = self.names_by_category(check.content.kind) and len(categories) <= _MOST_ASKED
+        return "asked" if is_asked else "written"
+
+    async def _name_what_is_unsafe(self, checks: Sequence[_Check], limit: float) -> None:
+        """What verdicts are for that don't say it yet. It explains a block and can't lift it.
+
+        It is asked once all verdicts are known, in what is left of their time (the limit, by the loop's clock), but at
+        most half of what they had, and of a content in parts for its worst part alone.
+        """
+        asked: list[_Check] = []
+        for check in checks:
+            if check.label != "unsafe" or check.named:
+                continue
+            way = self._naming(check)
+            if way == "only":
+                check.named = (_categories(check)[0].id,)
+            elif way == "asked" and check.thought is None and not check.unconfirmed:
+                asked.append(check)
+        if not asked:
+            return
+        half = asyncio.get_running_loop().time() + self._verdict_seconds(len(asked)) / 2
+        try:
+            async with asyncio.timeout_at(min(half, limit)):
+                for check in asked:
+                    await self._name_by_category(check)
+        except TimeoutError:
+            log.warning("The categories of what was found unsafe couldn't be named in time.")
+
+    async def _name_by_category(self, check: _Check) -> None:
+        asked = await self._questions(_worst_part(check), map(in_short, _categories(check)))
+        await self.by_category._score_exactly(asked)
+        failed = check.take_usage(asked)
+        if failed is None:
+            check.named = _best_fitting(asked)
+        else:
+            log.warning("The categories of what was found unsafe couldn't be named: %s", failed)
+
+    async def _write_names(self, checks: Sequence[_Check]) -> None:
+        """What bare unsafe verdicts are for, as the model writes it after them."""
         naming = self.dialect.naming
-        if naming is None or not self._can_begin or not self.settings.name_categories:
+        if naming is None or not self._can_begin:
             return
 
         def read(check: _Check, completion: Completion) -> None:
@@ -761,7 +828,9 @@ class Guard:
         known: tuple[str, ...] = ()
         unknown: tuple[str, ...] = ()
         if check.label == "unsafe":
-            known, unknown = named_categories(check.thought, check.conclusion, self.policy)
+            known = check.named
+            if not known:
+                known, unknown = named_categories(check.thought, check.conclusion, self.policy)
         failed = check.error is not None
         return Verdict(
             label=None if failed else check.label,
@@ -796,10 +865,31 @@ def _categories(check: _Check) -> tuple[Category, ...]:
     return () if check.error is not None else check.policy.for_kind(check.content.kind).categories
 
 
+def _worst_part(check: _Check) -> Content:
+    """What its verdict is of."""
+    content = check.content
+    return content if check.part is None else replace(content, text=content.text[slice(*check.part)])
+
+
 def _log_odds(check: _Check) -> float:
     """How sure the guard is that what was asked about is met."""
     met = min(max(check.score or 0.0, 1e-6), 1 - 1e-6)
     return math.log(met / (1 - met))
+
+
+def _fit(one: _Check, other: _Check) -> float:
+    """How likely the first is what was asked about, if one of the two is."""
+    return 1 / (1 + math.exp(_log_odds(other) - _log_odds(one)))
+
+
+def _best_fitting(asked: Sequence[_Check]) -> tuple[str, ...]:
+    """The category that fits best, and others that are met and fit nearly as well."""
+    best = max(asked, key=_log_odds)
+    return tuple(
+        one.policy.categories[0].id
+        for one in asked
+        if one is best or (one.label == "unsafe" and _fit(one, best) >= _LEAST_FIT)
+    )
 
 
 def _named(labels: Mapping[str, Label]) -> str:

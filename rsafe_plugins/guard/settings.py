@@ -62,9 +62,9 @@ class GuardSettings(BaseSettings):
         on_error: What a failed check does: `block`, `allow`, or `raise`.
         cache: Seconds for which a verdict is kept for the same content, at most 10,000 of them; 0 keeps none.
             The same content checked twice at once is judged once either way.
-        name_categories: Whether what is blocked without a thought gets a second, short request that names the
-            categories. Without it such verdicts name none, and what is blocked costs no more than what passes, unless
-            it is asked about category by category.
+        name_categories: Whether what is blocked without a thought is asked about once more, to name its categories: in
+            one request, or in a short one for each category where the model was fitted for that. Without it such
+            verdicts name none, and what is blocked costs no more than what passes, unless it is compared.
         policy_tokens: What the policy may take of the prompt, about, in tokens. A longer one loses as many of its
             examples as that takes, which is logged; nothing else of it is ever cut.
         dialect: How the guard model is asked and answers: a name such as `llama-guard`, or a dialect file's path.

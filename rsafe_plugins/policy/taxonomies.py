@@ -71,6 +71,13 @@ def left_out(policy: Policy, kind: ContentKind) -> tuple[Category, ...]:
     return tuple(one for one in _hub().categories if not any(one.id in ids for ids in has))
 
 
+def in_short(category: Category) -> Category:
+    """A category as a model that was trained on `rsafe-18` needs to be told: of one of these the name alone."""
+    if category not in _hub().categories:
+        return category
+    return Category(id=category.id, name=category.name, applies_to=category.applies_to)
+
+
 @cache
 def _hub() -> Policy:
     return Policy.load(_HUB)

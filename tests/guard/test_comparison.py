@@ -1,9 +1,10 @@
-"""What is unsafe under a policy of few categories, compared with those that the policy leaves out."""
+"""What is unsafe, asked about category by category: to compare it with what the policy leaves out, and to name it."""
 
 from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from rsafe_plugins.backends import Completion, Request, Usage
 from rsafe_plugins.errors import InputTooLong
 from rsafe_plugins.evaluation.items import LabelledItem
 from rsafe_plugins.evaluation.run import judge
+from rsafe_plugins.guard import loop
 from rsafe_plugins.guard.fitted import OperatingPoint, write
 from rsafe_plugins.testing import ScriptedBackend
 
@@ -108,7 +110,10 @@ def guard(backend: ScriptedBackend, policy: Policy = POLICY, **settings: object)
 def test_what_a_category_of_the_policy_fits_best_stays_unsafe_and_names_it() -> None:
     verdict = guard(engine(hate=0.9)).check("x")
     assert (verdict.label, verdict.score, verdict.categories) == ("unsafe", pytest.approx(0.9), ("B",))
-    assert guard(engine(hate=0.9, theft=0.6)).check("x").categories == ("A", "B")
+    # Others are named beside it that are met and fit nearly as well.
+    assert guard(engine(hate=0.9, theft=0.8)).check("x").categories == ("A", "B")
+    assert guard(engine(hate=0.9, theft=0.6)).check("x").categories == ("B",)
+    assert guard(engine(hate=0.5, theft=0.45)).check("x").categories == ("B",)
     # What meets none of those that are left out stays, though nothing of its own fits well.
     assert guard(engine(hate=0.05, theft=0.01, drugs=0.45)).check("x").categories == ("B",)
 
@@ -137,7 +142,7 @@ def test_the_threshold_is_how_well_it_must_fit(threshold: float, blocked: bool) 
 )
 def test_a_policy_that_leaves_nothing_out_or_nobody_knows_what_is_not_compared(policy: Policy) -> None:
     backend = engine()
-    assert guard(backend, policy).check("x").blocked
+    assert guard(backend, policy, name_categories=False).check("x").blocked
     assert not any(map(is_second, backend.requests))
 
 
@@ -237,7 +242,7 @@ def test_a_guard_that_can_not_be_asked_so_says_it() -> None:
 
 def test_a_threshold_of_zero_blocks_everything_and_nothing_is_asked() -> None:
     backend = engine()
-    assert guard(backend, threshold=0.0).check("x").blocked
+    assert guard(backend, threshold=0.0, name_categories=False).check("x").blocked
     assert not any(map(is_second, backend.requests))
 
 
@@ -332,3 +337,152 @@ def test_a_text_in_parts_is_asked_about_part_by_part() -> None:
     verdict = asked.check(text + "hateful")
     assert (verdict.blocked, verdict.categories) == (True, ("B",))
     assert verdict.part is not None
+
+
+WHOLE = Policy.load("rsafe-18")
+RIVALS = Category(id="R", name="Rivals", description="Naming another maker of bicycles.")
+HOUSE = Policy(name="house", categories=(WHOLE.categories[2], RIVALS))  # nobody knows what it leaves out
+
+
+def named(backend: ScriptedBackend, policy: Policy = WHOLE, **settings: object) -> tuple[str, ...]:
+    verdict = guard(backend, policy, **settings).check("x")
+    assert verdict.blocked
+    return verdict.categories
+
+
+def second(backend: ScriptedBackend) -> list[str]:
+    """What follows the content in the questions about categories."""
+    prompts = [request.messages[-1].content for request in backend.requests if is_second(request)]
+    return [prompt.rpartition("\nCategory: ")[2].strip() for prompt in prompts]
+
+
+def test_what_is_unsafe_under_a_whole_policy_is_named_by_its_categories_one_by_one() -> None:
+    assert named(engine(weapons=0.9)) == ("U2",)
+    # Others that are met are named beside it if they fit nearly as well; the best is named though it isn't met.
+    assert named(engine(hate=0.9, weapons=0.8)) == ("U2", "U7")
+    assert named(engine(hate=0.95, weapons=0.8)) == ("U7",)
+    assert named(engine(weapons=0.45, drugs=0.4)) == ("U2",)
+    backend = engine()
+    named(backend)
+    assert len(second(backend)) == len(WHOLE.categories)
+    # What the model would write isn't asked for.
+    assert not any("Categories" in request.prefill for request in backend.requests)
+
+
+def test_known_categories_are_asked_about_by_name_and_others_in_all_their_words() -> None:
+    backend = engine(rivals=0.9)
+    assert named(backend, HOUSE) == ("R",)
+    assert second(backend) == ["Non-violent Crime & Fraud.", "Rivals. Naming another maker of bicycles."]
+
+
+def test_the_only_category_needs_no_question() -> None:
+    for content in (Content.prompt("x"), Content.document("x")):
+        backend = engine()
+        verdict = guard(backend, Policy(name="one", categories=(RIVALS,))).check(content)
+        assert (verdict.blocked, verdict.categories) == (True, ("R",))
+        assert len(backend.requests) == 1
+
+
+def test_a_model_that_was_not_fitted_for_it_writes_the_names() -> None:
+    backend = engine(hate=0.9)
+    assert named(backend, POLICY, category_threshold=0) == ("A",)
+    assert not second(backend)
+
+
+@pytest.mark.parametrize("on_error", ["block", "allow", "raise"])
+@pytest.mark.parametrize(
+    "fault", [down, partly_down, too_long, broken, garbage, not_a_number, hanging], ids=lambda f: f.__name__
+)
+def test_what_can_not_be_named_stays_unsafe_and_the_log_says_so(
+    fault: Callable[[Completions], Awaitable[Completions]], on_error: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    verdict = guard(Faulty(fault), WHOLE, on_error=on_error, timeout=0.2).check("x")
+    assert (verdict.label, verdict.blocked, verdict.categories) == ("unsafe", True, ())
+    assert "couldn't be named" in caplog.text
+
+
+def test_no_verdict_of_a_list_waits_for_names() -> None:
+    class Once(ScriptedBackend):
+        depth_first, concurrency = True, 1
+
+    backend = Once(candidates=probabilities(hate=0.9))
+    verdicts = guard(backend, WHOLE).check_many([f"text {number}" for number in range(3)])
+    assert [verdict.categories for verdict in verdicts] == [("U7",)] * 3
+    assert [is_second(request) for request in backend.requests] == [False] * 3 + [True] * 54
+
+
+async def test_who_waits_for_a_content_that_is_being_named_gets_its_verdict() -> None:
+    class Stuck(ScriptedBackend):
+        naming = threading.Event()
+
+        async def complete(self, requests: Sequence[Request]) -> Completions:
+            if is_second(requests[0]):
+                self.naming.set()
+                await asyncio.sleep(60)
+            return await super().complete(requests)
+
+    backend = Stuck(candidates=probabilities())
+    first = asyncio.create_task(guard(backend, WHOLE, timeout=1.0).acheck("x"))
+    asked = guard(backend, WHOLE, timeout=1.0, on_error="allow")
+    one = asyncio.create_task(asked.acheck_many(["x", "y"]))
+    await asyncio.to_thread(backend.naming.wait, 60)
+    late = await asked.acheck("y")
+    for verdict in (late, await first, *await one):
+        assert (verdict.label, verdict.blocked, verdict.categories) == ("unsafe", True, ())
+
+
+def test_of_more_categories_than_can_be_asked_about_the_model_writes_the_names() -> None:
+    many = tuple(Category(id=f"C{number}", name=f"Rivals {number}") for number in range(41))
+    backend = ScriptedBackend(" C7", candidates=probabilities())
+    assert named(backend, Policy(name="many", categories=many)) == ("C7",)
+    assert not second(backend)
+
+
+def test_ids_are_named_as_they_are() -> None:
+    names = {"_a_": "Rivals", "a": "Hate", "*": "A, B"}
+    odd = tuple(Category(id=one, name=name) for one, name in names.items())
+    for place, first in enumerate(("rivals", "hate", "a,")):
+        assert named(engine(**{first: 0.9}), Policy(name="odd", categories=odd)) == (odd[place].id,)
+
+
+async def test_a_long_list_that_is_named_does_not_hold_up_other_guards() -> None:
+    class Wide(ScriptedBackend):
+        concurrency = 256
+
+    contents = [f"text {number} " + "word " * 4000 for number in range(40)]
+    asked = guard(Wide(candidates=probabilities(hate=0.9)), WHOLE)
+    turns, ended = 0, False
+
+    async def count() -> None:
+        nonlocal turns
+        while not ended:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.ensure_future(loop.run(count()))
+    verdicts = await asked.acheck_many(contents)
+    ended = True
+    await counting
+    assert all(verdict.categories == ("U7",) for verdict in verdicts)
+    assert turns > len(contents)
+
+
+def test_of_a_text_in_parts_the_worst_is_named_and_asked_about_alone() -> None:
+    class Short(ScriptedBackend):
+        async def complete(self, requests: Sequence[Request]) -> Completions:
+            completions = await super().complete(requests)
+            return [
+                InputTooLong("long") if request.messages[-1].content.count("word") > 1200 else completion
+                for request, completion in zip(requests, completions, strict=True)
+            ]
+
+    def candidates(request: Request) -> dict[str, float]:
+        prompt = request.messages[-1].content
+        met = "hateful" in prompt and (not is_second(request) or "Category: Hate" in prompt)
+        return {"safe": 0.1, "unsafe": 0.9} if met else {"safe": 0.9, "unsafe": 0.1}
+
+    backend = Short(candidates=candidates)
+    verdict = guard(backend, WHOLE).check("word " * 2000 + "hateful")
+    assert (verdict.blocked, verdict.categories) == (True, ("U7",))
+    assert verdict.part is not None
+    assert len(second(backend)) == len(WHOLE.categories)
