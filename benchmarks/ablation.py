@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.record import FOLDER, machine
-from benchmarks.training import SMALL_POLICIES, align, evaluated, flips, training_files
+from benchmarks.training import align, table_head, table_row, training_files
 
 OUT = FOLDER.with_name("ablation")
 ONE_POLICY = ("--set", "policies.whole=1", "--set", "policies.names=0", "--set", "policies.reworded=0")
@@ -73,9 +73,6 @@ VARIANTS = (
         fitted=("--category-threshold", "0.5"),
     ),
 )
-SETS = ("toxicchat", "openai_moderation", "beavertails_test", "harmbench_responses")
-EACH = 100  # items that are drawn of each
-POLICIES = {"Flip rate": (), "with three others": SMALL_POLICIES}
 
 
 def train(variant: Variant, data: Path, items: int, steps: int, out: Path) -> None:
@@ -99,27 +96,6 @@ def trained(variants: Sequence[Variant], data: Path, items: int, steps: int, out
             list(pool.map(lambda variant: train(variant, data, items, steps, out), stage))
 
 
-def measured(variant: Variant, sets: Path, out: Path) -> list[str]:
-    """The cells of its row: on each set the area under the ROC curve and F1, and the flip rates."""
-    folder = out / variant.name
-    adapter, store, fitted = (
-        folder / name for name in ("guard-adapter.gguf", "verdicts.jsonl", "fitted.yaml")
-    )
-    asked = ("--backend", f"embedded:{adapter}", "--reasoning", "never", "--verdicts", store, *variant.asked)
-    if not fitted.exists():
-        options = ("--fit", fitted, "--unsafe-share", "0.5", *variant.fitted)
-        evaluated(folder / "held-out.jsonl", *asked, *options)
-    asked = (*asked, "--threshold", fitted)
-    cells = []
-    for name in SETS:
-        (result,) = evaluated(sets / f"{name}.jsonl", *asked, "--limit", str(EACH))
-        cells.append(f"{result['auroc']:.2f}, {result['f1']:.2f}")
-    for policies in POLICIES.values():
-        total = flips(sets, EACH, *asked, *policies)
-        cells.append(f"{total['flip_rate']:.2f} of {total['items']}")
-    return cells
-
-
 def chosen(names: Sequence[str]) -> list[Variant]:
     """The trainings of these names and those that they go on from; all where none is named."""
     known = {variant.name: variant for variant in VARIANTS}
@@ -139,10 +115,12 @@ def main() -> None:
     variants = chosen(sys.argv[5:])
     out = OUT / f"{items}-items-{steps}-steps"  # so that a run of another size starts anew
     trained(variants, folders[0], items, steps, out)
-    titles = ["Training", *SETS, *POLICIES]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    lines = table_head("Training")
     for variant in variants:
-        lines.append(f"| {' | '.join([variant.title, *measured(variant, folders[1], out)])} |")
+        folder = out / variant.name
+        backend = f"embedded:{folder / 'guard-adapter.gguf'}"
+        cells = table_row(folder, backend, folders[1], variant.fitted, variant.asked)
+        lines.append(f"| {' | '.join([variant.title, *cells])} |")
         print(lines[-1], flush=True)
     lines += [
         "",

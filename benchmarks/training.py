@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ import torch
 _CLI = "rsafe_plugins.cli"
 SMALL_POLICIES = ("--others", "3")
 """Options with which `flips` judges by small policies."""
+SETS = ("toxicchat", "openai_moderation", "beavertails_test", "harmbench_responses")
+EACH = 100  # items that are drawn of each
+POLICIES = {"Flip rate": (), "with three others": SMALL_POLICIES}
 
 
 def training_files(
@@ -77,8 +80,42 @@ def flips(sets: Path, limit: int, *options: str | Path) -> dict[str, Any]:
     return evaluated(sets / name, "--limit", str(limit), "--adherence", taxonomy, *options)[-1]
 
 
+def table_row(
+    folder: Path, backend: str, sets: Path, fit: Sequence[str] = (), asked: Sequence[str] = ()
+) -> list[str]:
+    """The cells of a training: on each of `SETS` the area under the ROC curve and F1, and the flip rates.
+
+    Args:
+        folder: Of the training; its thresholds are fitted on what it held out.
+        backend: The guard that came out of it.
+        sets: Folder of the public sets.
+        fit: More options of `rsafe eval` where thresholds are fitted.
+        asked: More of them everywhere.
+    """
+    fitted = folder / "fitted.yaml"
+    options = ("--backend", backend, "--reasoning", "never", "--verdicts", folder / "verdicts.jsonl", *asked)
+    if not fitted.exists():
+        evaluated(folder / "held-out.jsonl", *options, "--fit", fitted, "--unsafe-share", "0.5", *fit)
+    options = (*options, "--threshold", fitted)
+    cells = []
+    for name in SETS:
+        (result,) = evaluated(sets / f"{name}.jsonl", *options, "--limit", str(EACH))
+        cells.append(f"{result['auroc']:.2f}, {result['f1']:.2f}")
+    for policies in POLICIES.values():
+        total = flips(sets, EACH, *options, *policies)
+        cells.append(f"{total['flip_rate']:.2f} of {total['items']}")
+    return cells
+
+
+def table_head(first: str) -> list[str]:
+    """The first two lines of a table of such rows."""
+    titles = [first, *SETS, *POLICIES]
+    return [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+
+
 def evaluated(*arguments: str | Path) -> list[dict[str, Any]]:
-    """What `rsafe eval --json` prints."""
+    """What `rsafe eval --json` prints; no names of categories are asked for, on which no figure rests."""
     command = [sys.executable, "-m", _CLI, "eval", "--json", *map(str, arguments)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    environment = {"RSAFE_NAME_CATEGORIES": "false", **os.environ}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return [json.loads(line) for line in done.stdout.splitlines()]
