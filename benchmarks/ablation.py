@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import os
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from benchmarks.record import FOLDER, machine
-from benchmarks.training import align, table_head, table_row, training_files
+from benchmarks.record import FOLDER
+from benchmarks.training import align, table_row, training_files, write_table
 
 OUT = FOLDER.with_name("ablation")
 ONE_POLICY = ("--set", "policies.whole=1", "--set", "policies.names=0", "--set", "policies.reworded=0")
@@ -115,20 +114,15 @@ def main() -> None:
     variants = chosen(sys.argv[5:])
     out = OUT / f"{items}-items-{steps}-steps"  # so that a run of another size starts anew
     trained(variants, folders[0], items, steps, out)
-    lines = table_head("Training")
-    for variant in variants:
-        folder = out / variant.name
-        backend = f"embedded:{folder / 'guard-adapter.gguf'}"
-        cells = table_row(folder, backend, folders[1], variant.fitted, variant.asked)
-        lines.append(f"| {' | '.join([variant.title, *cells])} |")
-        print(lines[-1], flush=True)
-    lines += [
-        "",
-        f"AUROC, F1 at the threshold fitted on held-out items; {items} items, {steps} steps of GRPO; "
-        f"{time.strftime('%Y-%m-%d')}, {machine()['cores']} cores ({machine()['cpu']}).",
-    ]
-    (out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
-    print(f"Written: {out / 'table.md'}")
+
+    def rows() -> Iterator[list[str]]:
+        for variant in variants:
+            folder = out / variant.name
+            backend = f"embedded:{folder / 'guard-adapter.gguf'}"
+            cells = table_row(folder, backend, folders[1], variant.fitted, variant.asked)
+            yield [variant.title, *cells]
+
+    write_table(out, "Training", rows(), f"{items} items, {steps} steps of GRPO")
 
 
 if __name__ == "__main__":

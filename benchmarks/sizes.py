@@ -7,11 +7,11 @@ GGUF files. Writes a table. Goes on where it was stopped.
 from __future__ import annotations
 
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.record import FOLDER, machine
-from benchmarks.training import align, table_head, table_row, training_files
+from benchmarks.record import FOLDER
+from benchmarks.training import align, table_row, training_files, write_table
 
 OUT = FOLDER.with_name("sizes")
 # Whole policies and single categories in one training, with documents made of prompts.
@@ -47,20 +47,15 @@ def main() -> None:
         jailbreakbench=1310,
     )
     settings = [word for setting in (*SETTINGS, f"items={items}") for word in ("--set", setting)]
-    lines = table_head("Base")
-    for base in bases:
-        folder = out / base.stem
-        align("warm-start", files, folder, "--base", str(base), *settings, *OPTIONS)
-        backend = f"llamacpp:{base}#{folder / 'guard-adapter.gguf'}"
-        lines.append(f"| {' | '.join([base.stem, *table_row(folder, backend, folders[1], FIT)])} |")
-        print(lines[-1], flush=True)
-    lines += [
-        "",
-        f"AUROC, F1 at the threshold fitted on held-out items; {items} examples; {time.strftime('%Y-%m-%d')}, "
-        f"{machine()['cores']} cores ({machine()['cpu']}).",
-    ]
-    (out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
-    print(f"Written: {out / 'table.md'}")
+
+    def rows() -> Iterator[list[str]]:
+        for base in bases:
+            folder = out / base.stem
+            align("warm-start", files, folder, "--base", str(base), *settings, *OPTIONS)
+            backend = f"llamacpp:{base}#{folder / 'guard-adapter.gguf'}"
+            yield [base.stem, *table_row(folder, backend, folders[1], FIT)]
+
+    write_table(out, "Base", rows(), f"{items} examples")
 
 
 if __name__ == "__main__":

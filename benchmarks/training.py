@@ -6,11 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.record import machine
 
 _CLI = "rsafe_plugins.cli"
 SMALL_POLICIES = ("--others", "3")
@@ -107,10 +110,27 @@ def table_row(
     return cells
 
 
-def table_head(first: str) -> list[str]:
-    """The first two lines of a table of such rows."""
+def write_table(out: Path, first: str, rows: Iterable[Sequence[str]], trained: str) -> None:
+    """Prints each row as it comes, and writes the table.
+
+    Args:
+        out: The folder for `table.md`.
+        first: Title of the first column.
+        rows: What the row is of, then its cells as `table_row` gives them.
+        trained: What each was given.
+    """
     titles = [first, *SETS, *POLICIES]
-    return [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row in rows:
+        lines.append(f"| {' | '.join(row)} |")
+        print(lines[-1], flush=True)
+    lines += [
+        "",
+        f"AUROC, F1 at the threshold fitted on held-out items; {trained}; {time.strftime('%Y-%m-%d')}, "
+        f"{machine()['cores']} cores ({machine()['cpu']}).",
+    ]
+    (out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
+    print(f"Written: {out / 'table.md'}")
 
 
 def evaluated(*arguments: str | Path) -> list[dict[str, Any]]:

@@ -77,7 +77,7 @@ class _Check:
     usage: Usage = field(default_factory=Usage)
     part: Span | None = None
     unconfirmed: bool = False
-    settled: bool = False
+    settled: bool = False  # its verdict won't change any more
 
     def take_usage(self, asked: Sequence[_Check]) -> RSafeError | None:
         """Counts what questions about it took. Returns why one of them failed, if one did."""
@@ -322,8 +322,9 @@ class Guard:
         """Decides the checks, within the time that they have; a content that is too long is decided in parts."""
         failure = await self._start_engine()
         seconds = self._seconds(len(checks))
+        until = asyncio.get_running_loop().time() + seconds
         try:
-            async with asyncio.timeout(seconds) as limit:
+            async with asyncio.timeout_at(until):
                 failure = failure or await self._engine(self.backend.prepare()) or self._unfit_engine()
                 if isinstance(failure, BackendError):
                     for check in checks:
@@ -337,7 +338,7 @@ class Guard:
                 self._time_out(check, seconds)
         for check in checks:
             check.settled = True
-        await self._name_what_is_unsafe(checks, limit.when() or 0.0)
+        await self._name_what_is_unsafe(checks, until)
         for check in checks:
             check.forget()
         return checks
@@ -663,11 +664,11 @@ class Guard:
         is_asked = self.names_by_category(check.content.kind) and len(categories) <= _MOST_ASKED
         return "asked" if is_asked else "written"
 
-    async def _name_what_is_unsafe(self, checks: Sequence[_Check], limit: float) -> None:
+    async def _name_what_is_unsafe(self, checks: Sequence[_Check], until: float) -> None:
         """What verdicts are for that don't say it yet. It explains a block and can't lift it.
 
-        It is asked once all verdicts are known, in what is left of their time (the limit, by the loop's clock), but at
-        most half of what they had, and of a content in parts for its worst part alone.
+        It is asked once all verdicts are known, until their time is up by the loop's clock, but for at most half of
+        what they had, and of a content in parts for its worst part alone.
         """
         asked: list[_Check] = []
         for check in checks:
@@ -682,7 +683,7 @@ class Guard:
             return
         half = asyncio.get_running_loop().time() + self._verdict_seconds(len(asked)) / 2
         try:
-            async with asyncio.timeout_at(min(half, limit)):
+            async with asyncio.timeout_at(min(half, until)):
                 for check in asked:
                     await self._name_by_category(check)
         except TimeoutError:

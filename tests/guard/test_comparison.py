@@ -322,15 +322,18 @@ def test_the_tokens_of_both_questions_are_counted() -> None:
     )
 
 
-def test_a_text_in_parts_is_asked_about_part_by_part() -> None:
-    class Short(ScriptedBackend):
-        async def complete(self, requests: Sequence[Request]) -> Completions:
-            completions = await super().complete(requests)
-            return [
-                InputTooLong("long") if request.messages[-1].content.count("word") > 1200 else completion
-                for request, completion in zip(requests, completions, strict=True)
-            ]
+class Short(ScriptedBackend):
+    """An engine that takes no more than 1,200 times "word"."""
 
+    async def complete(self, requests: Sequence[Request]) -> Completions:
+        completions = await super().complete(requests)
+        return [
+            InputTooLong("long") if request.messages[-1].content.count("word") > 1200 else completion
+            for request, completion in zip(requests, completions, strict=True)
+        ]
+
+
+def test_a_text_in_parts_is_asked_about_part_by_part() -> None:
     asked = guard(Short(candidates=words(lambda prompt: "hateful" in prompt and "Category: Hate" in prompt)))
     text = "word " * 2000
     assert not asked.check(text).blocked
@@ -418,7 +421,7 @@ async def test_who_waits_for_a_content_that_is_being_named_gets_its_verdict() ->
         async def complete(self, requests: Sequence[Request]) -> Completions:
             if is_second(requests[0]):
                 self.naming.set()
-                await asyncio.sleep(60)
+                await asyncio.Event().wait()
             return await super().complete(requests)
 
     backend = Stuck(candidates=probabilities())
@@ -468,14 +471,6 @@ async def test_a_long_list_that_is_named_does_not_hold_up_other_guards() -> None
 
 
 def test_of_a_text_in_parts_the_worst_is_named_and_asked_about_alone() -> None:
-    class Short(ScriptedBackend):
-        async def complete(self, requests: Sequence[Request]) -> Completions:
-            completions = await super().complete(requests)
-            return [
-                InputTooLong("long") if request.messages[-1].content.count("word") > 1200 else completion
-                for request, completion in zip(requests, completions, strict=True)
-            ]
-
     def candidates(request: Request) -> dict[str, float]:
         prompt = request.messages[-1].content
         met = "hateful" in prompt and (not is_second(request) or "Category: Hate" in prompt)
