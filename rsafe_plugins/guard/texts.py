@@ -28,6 +28,8 @@ _DATA_URL = re.compile(r"(\s*data:([\w.+-]+/[\w.+-]+)?([^,]{0,256}),)(.*)", re.I
 _FORM = frozenset({"type", "id", "index", *_MIME})
 _PLAIN = ("text", "reasoning", "reasoning_content", "thinking", "refusal", "title", "context", "caption")
 
+_SAID_OF_MEDIA = ("transcript", "alt", "alt_text", "description")
+
 
 @dataclass(frozen=True, slots=True)
 class Text:
@@ -74,7 +76,8 @@ def _texts(content: Any) -> Iterator[str | UnreadableContent]:
 
 
 def _block(block: Mapping[Any, Any]) -> Iterator[str | UnreadableContent]:
-    kind = str(block.get("type") or next(iter(block), ""))
+    first, held = next(iter(block.items()), ("", ""))
+    kind = str(block.get("type") or ("" if isinstance(held, int | float) else first))
     named = (str(key) for key, value in block.items() if isinstance(value, Mapping))
     closed = next((name for name in (kind, *named) if _MEDIA.search(name)), None)
     if closed is None and kind in _FILES and _refers(block):
@@ -93,8 +96,21 @@ def _block(block: Mapping[Any, Any]) -> Iterator[str | UnreadableContent]:
                 readable[str(key)] = _readable(value, kind, block, key)
             except UnreadableContent as error:
                 yield error
+        elif isinstance(value, Mapping | list | tuple):
+            yield from _said_of_media(value)
+        elif key in _SAID_OF_MEDIA and isinstance(value, str):
+            yield value
     if readable:
         yield json.dumps(readable, ensure_ascii=False, default=str)
+
+
+def _said_of_media(value: Any) -> Iterator[str]:
+    """What is said in or beside it, at any depth."""
+    for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+        if isinstance(inner, Mapping | list | tuple):
+            yield from _said_of_media(inner)
+        elif isinstance(inner, str) and (key in _PLAIN or key in _SAID_OF_MEDIA):
+            yield inner
 
 
 def _refers(block: Mapping[Any, Any]) -> bool:

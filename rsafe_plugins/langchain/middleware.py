@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -74,6 +75,7 @@ MARK = "rsafe"
 
 _IN_PLACE = "in_place"  # in a mark: the message was given to the agent, and is none of its own
 _NO_STREAM = "nostream"  # LangGraph's tag for models whose tokens stay out of `stream_mode="messages"`
+_NAMED_BY_CHANCE = re.compile(r"response_format_[0-9a-f]{4}")  # LangChain's name for a schema without a title
 _CHECKS: Mapping[str, ContentKind] = {
     "check_input": "prompt",
     "check_output": "response",
@@ -130,6 +132,8 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
         violation_message: The refusal's text.
         on_violation: Called with what was judged and the verdict, for each violation; what it raises ends the
             agent.
+        name: Tells it from another one with the same policy and checks in one agent. Give it the same one each time
+            that an agent goes on from a checkpoint.
 
     With `interrupt` the agent, which needs a checkpointer, stops with an interrupt whose value holds `stage`,
     `content` and `verdict`. `Command(resume="approve")` lets what was blocked pass; anything else refuses it, as
@@ -160,8 +164,10 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
         exit_behavior: AgentExitBehavior = "end",
         violation_message: str = REFUSAL,
         on_violation: OnViolation | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__()
+        self._name = name
         self.guard = Guard.of(guard)
         self.check_input = check_input
         self.check_output = check_output
@@ -178,9 +184,9 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
 
     @property
     def name(self) -> str:
-        """The middleware's name in the agent; each policy and set of checks has its own."""
+        """The middleware's name in the agent; each policy, or name that was given, and set of checks has its own."""
         checks = [check for check in _CHECKS if getattr(self, check)]
-        parts = [type(self).__name__, self.guard.policy.name]
+        parts = [type(self).__name__, self._name or self.guard.policy.name]
         if len(checks) < len(_CHECKS):
             parts += [check.removeprefix("check_") for check in checks]
         # It becomes part of the names of nodes, which don't take every character.
@@ -268,8 +274,8 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
             return handler(request)
         response, failure = None, None
         try:
-            with set_config_context(_quiet_config()) as context:
-                response = context.run(handler, _quiet(request))
+            with set_config_context(_quiet_config()) as context, _quiet(request) as quiet:
+                response = context.run(handler, quiet)
         except _MISSHAPEN as error:
             failure = error
         asked = self._asked_of_reply(request, response, failure)
@@ -288,7 +294,8 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
         try:
             token = var_child_runnable_config.set(_quiet_config())
             try:
-                response = await handler(_quiet(request))
+                with _quiet(request) as quiet:
+                    response = await handler(quiet)
             finally:
                 var_child_runnable_config.reset(token)
         except _MISSHAPEN as error:
@@ -304,10 +311,10 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
         failure: _Misshapen | None,
     ) -> list[tuple[Part, ToolCall | None]]:
         """What of the answer is judged; a tool call with the part that stands for it."""
-        structured = _structured_names(request.response_format)
+        is_structured = _structured_answers(request)
         asked = []
         for reply in _replies(response, failure):
-            calls = [call for call in reply.tool_calls if call["name"] not in structured]
+            calls = [call for call in reply.tool_calls if not is_structured(call["name"])]
             for part, call in reply_parts(request.messages, reply, calls):
                 if self.check_output if call is None else self.check_tool_calls:
                     asked.append((part, call))
@@ -357,11 +364,13 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
         """Ends the agent behind a refusal, or asks a person."""
         held = state.get("rsafe_held")
         if held:
-            (one,) = held.values()
-            if _is_approved(interrupt(one["question"])):
-                approved = {"messages": one["messages"], "rsafe_held": None}
-                if one["structured_response"] is not None:
-                    approved["structured_response"] = one["structured_response"]
+            # Where several hold a reply, one of them has the model's own and the others a refusal in its place.
+            own = [one for one in held.values() if not any(map(_is_marked, one["messages"]))]
+            asked = own or list(held.values())
+            if all([_is_approved(interrupt(one["question"])) for one in asked]):
+                approved = {"messages": asked[0]["messages"], "rsafe_held": None}
+                if asked[0]["structured_response"] is not None:
+                    approved["structured_response"] = asked[0]["structured_response"]
                 return approved
             return {"rsafe_held": None, "jump_to": "end"}
         # An agent with a structured answer would ask its model again for what is missing.
@@ -618,16 +627,28 @@ class RSafeMiddleware(AgentMiddleware[RSafeState, Any, Any]):
         )
 
 
-def _quiet(request: ModelRequest[Any]) -> ModelRequest[Any]:
-    """The same request to a model whose tokens nobody sees as they come."""
+@contextlib.contextmanager
+def _quiet(request: ModelRequest[Any]) -> Iterator[ModelRequest[Any]]:
+    """The same request to a model whose tokens nobody sees as they come.
+
+    What is asked is a copy. What it notes on itself, such as how often it was asked, is noted on the model in the end.
+    """
     model = request.model
     if not isinstance(model, BaseChatModel):
         raise SettingsError(
             f"RSafeMiddleware can keep the tokens of a chat model out of streams, not those of a "
             f"{type(model).__name__}: give the agent a chat model, without configurable fields."
         )
-    tags = [*(model.tags or ()), _NO_STREAM]
-    return request.override(model=model.model_copy(update={"tags": tags}))
+    before = dict(vars(model))
+    asked = model.model_copy(update={"tags": [*(model.tags or ()), _NO_STREAM]})
+    try:
+        yield request.override(model=asked)
+    finally:
+        for name, value in vars(asked).items():
+            old = before.get(name)
+            # Not where somebody else has noted something in the meantime.
+            if name != "tags" and value is not old and vars(model).get(name) is old:
+                vars(model)[name] = value
 
 
 def _quiet_config() -> RunnableConfig:
@@ -636,12 +657,20 @@ def _quiet_config() -> RunnableConfig:
     return {**config, "tags": [*(config.get("tags") or ()), _NO_STREAM]}
 
 
-def _structured_names(response_format: Any) -> set[str]:
-    """The names of the tools that stand for a structured answer; whatever else is called may run."""
-    if response_format is None or isinstance(response_format, ProviderStrategy):
-        return set()
-    schema = getattr(response_format, "schema", response_format)
-    return {spec.name for spec in ToolStrategy(schema).schema_specs}
+def _structured_answers(request: ModelRequest[Any]) -> Callable[[str], bool]:
+    """Whether a tool of that name stands for a structured answer; whatever else is called may run."""
+    wanted = request.response_format
+    if wanted is None or isinstance(wanted, ProviderStrategy):
+        return lambda name: False
+    schema: Any = getattr(wanted, "schema", wanted)
+    strategy = wanted if isinstance(wanted, ToolStrategy) else ToolStrategy(schema)
+    names = {spec.name for spec in strategy.schema_specs}
+    tools = {tool.get("name") if isinstance(tool, dict) else tool.name for tool in request.tools}
+    # A schema without a title gets a name by chance, another one each time that it is made to a tool.
+    by_chance = any(map(_NAMED_BY_CHANCE.fullmatch, names))
+    return lambda name: (
+        name in names or bool(by_chance and name not in tools and _NAMED_BY_CHANCE.fullmatch(name))
+    )
 
 
 def _replies(response: ModelResponse[Any] | None, failure: _Misshapen | None) -> list[AIMessage]:
@@ -669,6 +698,10 @@ def _question(violation: _Violation, content: str) -> dict[str, Any]:
 
 def _is_approved(decision: Any) -> bool:
     return (decision.get("type") if isinstance(decision, Mapping) else decision) == "approve"
+
+
+def _is_marked(message: BaseMessage) -> bool:
+    return MARK in message.response_metadata
 
 
 def _digest(message: BaseMessage) -> str:

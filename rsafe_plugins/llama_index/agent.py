@@ -11,7 +11,8 @@ from typing import Any
 from llama_index.core.agent.workflow import AgentOutput, FunctionAgent, ToolCallResult
 from llama_index.core.agent.workflow.agent_context import AgentContext
 from llama_index.core.llms import LLM, ChatMessage, ChatResponse, MessageRole
-from llama_index.core.memory import BaseMemory
+from llama_index.core.memory import BaseMemory, Memory
+from llama_index.core.storage.chat_store.base_db import MessageStatus
 from llama_index.core.tools import AsyncBaseTool, ToolOutput
 from llama_index.core.workflow import Context
 from pydantic import PrivateAttr
@@ -182,8 +183,17 @@ class RSafeFunctionAgent(FunctionAgent):
         """Takes all from the first judged message on out of the memory."""
         spoken = [n for n, message in enumerate(llm_input) if message.role not in DEVELOPERS]
         first = spoken[min(number for one in asked for number in one.messages)]
-        remembered = await memory.aget_all()
-        await memory.aset(remembered[: max(0, len(remembered) - (len(llm_input) - first))])
+        gone = len(llm_input) - first
+        if not isinstance(memory, Memory):
+            remembered = await memory.aget_all()
+            await memory.aset(remembered[: max(0, len(remembered) - gone)])
+            return
+        # What it has archived its blocks have already, and would get again.
+        archived = await memory.aget_all(MessageStatus.ARCHIVED)
+        active = await memory.aget_all(MessageStatus.ACTIVE)
+        await memory.sql_store.set_messages(memory.session_id, archived, MessageStatus.ARCHIVED)
+        if kept := active[: max(0, len(active) - gone)]:
+            await memory.sql_store.add_messages(memory.session_id, kept)
 
     def _asked_of_output(self, output: AgentOutput, history: tuple[Turn, ...]) -> list[Part]:
         asked = asked_of_message("response", output.response, history) if self.check_output else []

@@ -214,7 +214,7 @@ class RSafeChatEngine(BaseChatEngine):
             for chunk in gate.passed(response.response_gen) if self.check_response else response.response_gen:
                 said.append(chunk)
                 yield chunk
-        except (Exception, GeneratorExit):
+        except BaseException:
             # Whoever leaves waits for the model to end: what it writes must not stay for another engine to find.
             self._clear_between_turns(turn)
             raise
@@ -228,7 +228,7 @@ class RSafeChatEngine(BaseChatEngine):
             async for chunk in gate.apassed(chunks) if self.check_response else chunks:
                 said.append(chunk)
                 yield chunk
-        except (Exception, GeneratorExit):
+        except BaseException:  # a cancelled reader, too
             await self._aclear_between_turns(turn)
             raise
         if not self._remember(turn, "".join(said).strip(), gate.violation):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -110,6 +111,20 @@ class RSafeQueryEngine(BaseQueryEngine):
         asked = self._asked_of_nodes(nodes, query_bundle)
         return self._kept(nodes, self._judge.check(asked))
 
+    async def aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        """Like `retrieve`, without blocking the event loop."""
+        if await self._judge.acheck(self._asked_of_query(query_bundle)):
+            return []
+        # Few engines can; without it the nodes come from a thread.
+        aretrieve = getattr(self.query_engine, "aretrieve", None)
+        nodes: list[NodeWithScore] = await (
+            aretrieve(query_bundle)
+            if aretrieve
+            else asyncio.to_thread(self.query_engine.retrieve, query_bundle)
+        )
+        asked = self._asked_of_nodes(nodes, query_bundle)
+        return self._kept(nodes, await self._judge.acheck(asked))
+
     def synthesize(
         self,
         query_bundle: QueryBundle,
@@ -176,12 +191,27 @@ class RSafeQueryEngine(BaseQueryEngine):
         return response
 
     def _gated(self, query: QueryBundle, response: StreamingResponse) -> StreamingResponse:
-        chunks = self._judge.gate(_answer_to(query)).passed(_said(response))
-        return StreamingResponse(chunks, response.source_nodes, response.metadata)  # type: ignore[arg-type]
+        gate = self._judge.gate(_answer_to(query))
+        judged = StreamingResponse(None, response.source_nodes, response.metadata)  # type: ignore[arg-type]
+
+        def chunks() -> Iterator[str]:
+            for chunk in gate.passed(_said(response)):
+                _tell(judged, gate.violation)
+                yield chunk
+
+        judged.response_gen = chunks()  # type: ignore[assignment]
+        return judged
 
     def _agated(self, query: QueryBundle, response: AsyncStreamingResponse) -> AsyncStreamingResponse:
-        chunks = self._judge.gate(_answer_to(query)).apassed(response.async_response_gen())
-        return AsyncStreamingResponse(chunks, response.source_nodes, response.metadata)  # type: ignore[arg-type]
+        gate = self._judge.gate(_answer_to(query))
+
+        async def chunks() -> AsyncIterator[str]:
+            async for chunk in gate.apassed(response.async_response_gen()):
+                _tell(judged, gate.violation)
+                yield chunk
+
+        judged = AsyncStreamingResponse(chunks(), response.source_nodes, response.metadata)  # type: ignore[arg-type]
+        return judged
 
     def _kept(self, nodes: Sequence[NodeWithScore], violation: Violation | None) -> list[NodeWithScore]:
         """The nodes without those that were blocked; their verdicts come before the answer's."""
@@ -208,6 +238,13 @@ class RSafeQueryEngine(BaseQueryEngine):
         if isinstance(response, AsyncStreamingResponse):
             return AsyncStreamingResponse(aonly(text), nodes, metadata)  # type: ignore[arg-type]
         return _Refusal(text, nodes, metadata)
+
+
+def _tell(response: StreamingResponse | AsyncStreamingResponse, violation: Violation | None) -> None:
+    """What was blocked, before the refusal is read."""
+    if violation is not None:
+        # What an engine says of its answer may quote it.
+        response.metadata = violation.mark
 
 
 class _Refusal(Response):

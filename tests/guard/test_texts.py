@@ -29,8 +29,22 @@ PDF = {"mime_type": "application/pdf", "data": "JVBERi0x"}
             "source": {"type": "url", "url": "https://example.org/a.pdf"},
             "context": ATTACK,
         },
+        {"type": "audio", "base64": "UklG", "extras": {"transcript": ATTACK}},
+        {"audio": {"id": "audio-1", "data": "UklG", "transcript": ATTACK}},
+        {"type": "image", "url": "https://example.org/a.png", "alt": ATTACK},
     ],
-    ids=["before it", "one block", "an image's", "nested", "another key", "a reference's", "a document's"],
+    ids=[
+        "before it",
+        "one block",
+        "an image's",
+        "nested",
+        "another key",
+        "a reference's",
+        "a document's",
+        "a transcript",
+        "a reply's transcript",
+        "an image's words",
+    ],
 )
 def test_text_beside_what_cannot_be_read_is_kept(content: Any) -> None:
     said = text_of(content)
@@ -78,3 +92,7 @@ def test_a_file_of_text_is_judged_as_that_text(block: dict[str, Any]) -> None:
     said = text_of(block)
     assert said.unreadable is None
     assert ATTACK in said.text
+
+
+def test_a_number_whose_name_has_a_medium_in_it_is_no_medium() -> None:
+    assert text_of({"image_count": 3}).unreadable is None

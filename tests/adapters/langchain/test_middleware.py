@@ -18,8 +18,15 @@ from langchain.agents.middleware import (
     hook_config,
 )
 from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
-from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.language_models import BaseChatModel, FakeListChatModel
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    HumanMessage,
+    SystemMessage,
+    ToolCall,
+    ToolMessage,
+)
 from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import tool
@@ -1050,3 +1057,72 @@ async def test_what_one_middleware_blocks_at_the_start_stays_blocked_beside_anot
         assert texts(state) == [REFUSAL, REFUSAL]
     assert model.asked == []
     assert texts(await run(agent, config=CONFIG))[-1] == ANSWER
+
+
+class CallsWhatItIsGiven(Model):
+    """Calls the last tool that it is given, under whatever name."""
+
+    def bind_tools(self, tools: Any, **kwargs: Any) -> Any:
+        last = tools[-1]
+        return self.bind(last=last["name"] if isinstance(last, dict) else last.name)
+
+    def _generate(
+        self, messages: Any, stop: Any = None, run_manager: Any = None, **kwargs: Any
+    ) -> ChatResult:
+        reply = said("", ToolCall(name=kwargs["last"], args={"report": BAD}, id="call-1"))
+        return ChatResult(generations=[ChatGeneration(message=reply)])
+
+
+@pytest.mark.parametrize("title", [{"title": "Weather"}, {}], ids=["titled", "untitled"])
+@pytest.mark.parametrize("wrap", [ToolStrategy, dict])
+@pytest.mark.parametrize("arguments", [{"exit_behavior": "replace"}, {"check_tool_calls": False}])
+async def test_a_structured_answer_is_judged_as_an_answer_also_where_its_schema_has_no_title(
+    title: dict[str, str], wrap: Callable[..., Any], arguments: dict[str, Any]
+) -> None:
+    schema = {"type": "object", "description": "d", "properties": {"report": {"type": "string"}}, **title}
+    agent = create_agent(
+        CallsWhatItIsGiven(replies=[]),
+        response_format=wrap(schema),
+        middleware=[RSafeMiddleware({"backend": guard_backend()}, **arguments)],
+    )
+    state = await run(agent)
+    assert state.get("structured_response") is None
+    assert not holds(CANARY, state)
+
+
+async def test_what_a_model_notes_on_itself_stays() -> None:
+    model = FakeListChatModel(responses=["first", "second"])
+    agent = create_agent(model, middleware=[RSafeMiddleware({"backend": ScriptedBackend(SAFE)})])
+    answers = [texts(await run(agent))[-1], texts(await agent.ainvoke(QUESTION))[-1]]
+    assert answers == ["first", "second"]
+    assert model.tags is None
+
+
+@pytest.mark.parametrize("decision", ["approve", "reject"])
+async def test_two_that_hold_one_reply_ask_about_the_models_own(decision: str) -> None:
+    def failing_from_the_second() -> ScriptedBackend:
+        replies = iter([SAFE])
+        return ScriptedBackend(lambda request: next(replies, None) or BackendError("down"))
+
+    both = [
+        RSafeMiddleware(
+            {"backend": failing_from_the_second(), "policy": policy},
+            exit_behavior="interrupt",
+            check_tool_calls=False,
+        )
+        for policy in ("mlcommons", "rsafe-18")
+    ]
+    agent = create_agent(Model(replies=[said(ANSWER)]), middleware=both, checkpointer=InMemorySaver())
+    state = await agent.ainvoke(QUESTION, CONFIG)
+    assert [one.value["content"] for one in state["__interrupt__"]] == [ANSWER]
+    state = await agent.ainvoke(Command(resume=decision), CONFIG)
+    assert texts(state)[-1] == (ANSWER if decision == "approve" else REFUSAL)
+
+
+async def test_a_name_tells_two_apart_that_have_the_same_policy_and_checks() -> None:
+    both = [
+        RSafeMiddleware({"backend": guard_backend()}, name="outer"),
+        RSafeMiddleware({"backend": guard_backend()}),
+    ]
+    state = await run(create_agent(Model(replies=[said(BAD)]), middleware=both))
+    assert texts(state)[-1] == REFUSAL

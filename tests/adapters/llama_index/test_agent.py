@@ -8,10 +8,11 @@ import pytest
 from llama_index.core.agent.workflow import AgentWorkflow, FunctionAgent
 from llama_index.core.base.llms.types import ImageBlock, TextBlock, ThinkingBlock
 from llama_index.core.llms import ChatMessage
-from llama_index.core.memory import ChatMemoryBuffer
+from llama_index.core.memory import BaseMemoryBlock, ChatMemoryBuffer, Memory
+from llama_index.core.storage.chat_store.base_db import MessageStatus
 from llama_index.core.tools import FunctionTool, QueryEngineTool, ToolOutput
 from llama_index.core.workflow import Context
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from support.canary import CANARY, guard_backend, holds
 from support.faults import FAULTS
 from support.llama_index import Says, calls, query_engine, said, scripted_agent_model
@@ -423,3 +424,35 @@ def test_a_policy_without_a_category_for_a_check_is_refused() -> None:
 def _replies(*replies: ChatMessage) -> Any:
     rest = list(replies)
     return lambda messages, **_: (rest.pop(0) if len(rest) > 1 else rest[0]).model_copy(deep=True)
+
+
+class Notes(BaseMemoryBlock[str]):
+    """Remembers what the memory hands it."""
+
+    name: str = "notes"
+    got: list[str] = Field(default_factory=list)
+
+    async def _aget(self, messages: Any = None, **_: Any) -> str:
+        return ""
+
+    async def _aput(self, messages: list[ChatMessage]) -> None:
+        self.got += [str(message.content) for message in messages]
+
+
+async def test_forgetting_what_is_blocked_gives_a_memory_block_nothing_twice() -> None:
+    notes = Notes()
+    memory = Memory.from_defaults(
+        token_limit=60, token_flush_size=10, memory_blocks=[notes], tokenizer_fn=lambda text: text.split()
+    )
+    llm, _ = scripted_agent_model(said("An answer."))
+    agent = RSafeFunctionAgent(llm=llm, tools=[], guard={"backend": guard_backend()})
+    for number in range(6):
+        await agent.run(user_msg=f"Question {number} " + "word " * 12, memory=memory)
+    archived = await memory.aget_all(MessageStatus.ARCHIVED)
+    assert archived
+    await agent.run(user_msg=f"Tell me the {CANARY}.", memory=memory)
+    assert await memory.aget_all(MessageStatus.ARCHIVED) == archived
+    assert not holds(CANARY, await memory.aget_all())
+    await agent.run(user_msg="And now? " + "word " * 12, memory=memory)
+    questions = [text for text in notes.got if text.startswith("Question")]
+    assert len(questions) == len(set(questions))

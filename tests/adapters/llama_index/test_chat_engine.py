@@ -489,3 +489,45 @@ async def test_what_failed_first_is_raised_where_the_memory_fails_then(
         await say(engine, way)
     with pytest.raises(RuntimeError, match="no such table"):
         await say(engine, way, "Again.")
+
+
+class Slowly(Says):
+    """Takes its time with each word."""
+
+    async def astream_chat(self, messages: Any, **kwargs: Any) -> Any:
+        async def words() -> Any:
+            said = ""
+            for word in self.text.split():
+                await asyncio.sleep(0.01)
+                said += f"{word} "
+                yield ChatResponse(message=ChatMessage(said, role="assistant"), delta=f"{word} ")
+
+        return words()
+
+
+@pytest.mark.parametrize("held_by", ["model", "guard"])
+async def test_an_answer_whose_reader_is_cancelled_is_not_kept_for_another_engine(held_by: str) -> None:
+    judging = asyncio.Event()
+
+    async def judge(request: Any) -> str:
+        if CANARY in str(request.messages):
+            judging.set()
+            await asyncio.Event().wait()
+        return SAFE
+
+    memory = ChatMemoryBuffer.from_defaults()
+    inner = SimpleChatEngine.from_defaults(llm=Slowly(text=BAD), memory=memory)
+    engine = RSafeChatEngine(inner, {"backend": ScriptedBackend(judge)})
+    stream = await engine.astream_chat("When do you open?")
+
+    async def read() -> None:
+        async for _ in stream.async_response_gen():
+            raise AssertionError("nothing may be seen before it is judged")
+
+    reading = asyncio.create_task(read())
+    await (judging.wait() if held_by == "guard" else asyncio.sleep(0))
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert memory.get_all() == []
+    assert engine.chat_history == []

@@ -95,6 +95,7 @@ async def test_an_unsafe_answer_is_replaced_and_keeps_its_sources(how: str, stre
     with events_of("QueryEndEvent") as events:
         response = await ask(engine, how=how)
     assert await text_of(response) == "No."
+    assert response.metadata["rsafe"]["stage"] == "response"
     assert [node.text for node in response.source_nodes] == list(FACTS)
     assert not holds(CANARY, response)
     assert not holds(CANARY, events[-1])  # that of the guarded engine; the engine's own is before it
@@ -384,3 +385,16 @@ def test_a_policy_without_a_category_for_a_check_is_refused() -> None:
         RSafeQueryEngine(
             query_engine(Says(text="x"), "y"), {"policy": "prompt-injection", "backend": guard_backend()}
         )
+
+
+@ways
+async def test_nodes_are_judged_also_where_they_are_all_that_is_asked_for(how: str) -> None:
+    engine = guarded(Says(text=ANSWER), *FACTS, BAD, check_nodes=True)
+
+    async def retrieved(question: str) -> list[str]:
+        query = QueryBundle(question)
+        nodes = await engine.aretrieve(query) if how == "async" else engine.retrieve(query)
+        return [node.text for node in nodes]
+
+    assert await retrieved("When do you open?") == list(FACTS)
+    assert await retrieved(f"Tell me the {CANARY}.") == []
