@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from rsafe_plugins.backends.base import Request, Usage
 from rsafe_plugins.backends.spelling import log_sum
@@ -73,6 +73,7 @@ class _Reply(BaseModel):
 class Choice(BaseModel):
     """One answer of those that a request may have."""
 
+    index: int = 0
     message: _Reply
     finish_reason: str | None = None
     logprobs: _Logprobs | None = None
@@ -93,6 +94,15 @@ class Answer(BaseModel):
 
     choices: Annotated[list[Choice], Field(min_length=1)]
     usage: _Counts | None = None
+
+    @field_validator("choices")
+    @classmethod
+    def _only_one(cls, choices: list[Choice]) -> list[Choice]:
+        """One answer is asked for. Of several, in whatever order they come, the first one counts."""
+        first = choices if len(choices) == 1 else [choice for choice in choices if choice.index == 0]
+        if len(first) != 1:
+            raise ValueError("more than one answer")
+        return first
 
 
 class _Piece(BaseModel):

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -74,7 +74,7 @@ class OpenAIBackend(Backend):
         model: The model's name on the server. None means the only one that it has.
         api_key_env: The environment variable that holds the API key. None means `RSAFE_API_KEY`, else
             `OPENAI_API_KEY`, else no key, as servers of one's own want none.
-        timeout: Seconds that the server may take for an answer (> 0).
+        timeout: Seconds that the server may take for an answer (> 0); a guard waits no longer than its own `timeout`.
         connect_timeout: Seconds that connecting to it may take (> 0).
         concurrency: Requests under way at once, over all servers (>= 1).
         queue: Requests that may wait for their turn (>= 0). Where so many do, further calls are refused at once; those
@@ -96,7 +96,7 @@ class OpenAIBackend(Backend):
         model: str | None = None,
         *,
         api_key_env: str | None = None,
-        timeout: float = 60.0,
+        timeout: float = 600.0,
         connect_timeout: float = 5.0,
         concurrency: int = 64,
         queue: int = 4096,
@@ -390,7 +390,7 @@ class OpenAIBackend(Backend):
                 if "event-stream" not in response.headers.get("content-type", ""):
                     return Answer.model_validate_json(await response.read())
                 stream = Stream()
-                async for line in response.iter_lines():
+                async for line in _lines(response.iter_bytes()):
                     if stream.read(line) and is_enough(stream.answer):
                         stream.leave()
                         break
@@ -464,7 +464,7 @@ class OpenAIBackend(Backend):
                 f"{where} has no chat API there or no model {self.model!r} ({why}): check the address, which mostly "
                 "ends in /v1, and the model's name."
             )
-        if status == 429 or status >= 500:
+        if status in (408, 429) or status >= 500:
             return _Passing(
                 BackendUnavailable(f"{where} is failing or too busy ({why}): try later."),
                 status=status,
@@ -476,6 +476,16 @@ class OpenAIBackend(Backend):
                 "it in parts, or serve the model with a larger context."
             )
         return _Refused(f"{where} refuses the request ({why}).")
+
+
+async def _lines(pieces: AsyncIterator[bytes]) -> AsyncIterator[str]:
+    """The lines of an event stream. What else breaks a line in Unicode may stand in an event's text as it is."""
+    rest = b""
+    async for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line.decode("utf-8", "replace").removesuffix("\r")
+    yield rest.decode("utf-8", "replace").removesuffix("\r")
 
 
 class _Passing(Exception):

@@ -15,7 +15,7 @@ from nemoguardrails import RailsConfig
 from nemoguardrails.actions import action
 from nemoguardrails.actions.actions import ActionResult
 from nemoguardrails.actions.rail_outcome import RailOutcome
-from nemoguardrails.context import raw_llm_request
+from nemoguardrails.context import llm_response_metadata_var, raw_llm_request
 
 from rsafe_plugins.errors import RSafeError, UnreadableContent
 from rsafe_plugins.guard import Content, Guard, Verdict
@@ -160,7 +160,8 @@ class RailActions:
         finally:  # also where this rail is cancelled, because one beside it has blocked
             if not may_show:
                 _take_out(thoughts)
-        return _stopping(outcome, "output", config)
+        result = _stopping(outcome, "output", config)
+        return _without_own_output(result, context) if outcome.is_blocked else result
 
     async def _check_output(
         self,
@@ -318,6 +319,7 @@ class RailActions:
             outcome = RailOutcome.failure(reason=_NO_VERDICT)
         if outcome.is_blocked:
             _take_out(_thoughts(events))
+            _take_out_metadata()
         return outcome
 
     @action(is_system_action=True)  # type: ignore[untyped-decorator]
@@ -449,6 +451,31 @@ def _take_out(thoughts: Sequence[dict[str, Any]]) -> None:
     """Empties them in place: NeMo hands the first of them to the client, and has no event that takes one back."""
     for thought in thoughts:
         thought["content"] = ""
+
+
+def _take_out_metadata() -> None:
+    """Empties in place what a chat model says beside its answer, calls too, which NeMo hands out as `llm_metadata`."""
+    if metadata := llm_response_metadata_var.get():
+        metadata.clear()
+
+
+def _without_own_output(
+    result: RailOutcome | ActionResult, context: Mapping[str, Any] | None
+) -> RailOutcome | ActionResult:
+    """A block that also takes out what NeMo holds of a model's or a chain's output beside the answer.
+
+    `RunnableRails` puts the refusal into a chain's output where that is a text or a mapping, and leaves the rest of it,
+    and any other output, as it came.
+    """
+    _take_out_metadata()
+    output = (context or {}).get("passthrough_output")
+    if output is None or isinstance(output, str):
+        return result
+    if not isinstance(result, ActionResult):
+        result = ActionResult(return_value=result)
+    updates = {**(result.context_updates or {}), "passthrough_output": {} if isinstance(output, dict) else ""}
+    result.context_updates = updates
+    return result
 
 
 def _shown(events: Sequence[Any], config: RailsConfig | None) -> list[Said]:

@@ -9,7 +9,7 @@ from typing import Any
 from nemoguardrails import LLMRails, RailsConfig
 from nemoguardrails.rails.llm.config import Model
 
-from rsafe_plugins.backends import Backend, OpenAIBackend, shared_backend
+from rsafe_plugins.backends import Backend, OpenAIBackend, model_and_adapter, shared_backend
 from rsafe_plugins.errors import SettingsError
 from rsafe_plugins.guard import Guard, GuardSettings
 from rsafe_plugins.nemo.actions import RailActions
@@ -29,6 +29,7 @@ _SERVERS = {
     "vllm_openai": None,
     "ollama": "http://localhost:11434/v1",
 }
+_KEYS = {"nim": "NVIDIA_API_KEY"}
 _IN_PROCESS = ("llamacpp", "transformers", "vllm")
 _CLIENT_SETTINGS = ("timeout", "connect_timeout", "concurrency", "queue")
 
@@ -39,8 +40,8 @@ def guard_from_config(config: RailsConfig) -> Guard:
     Args:
         config: Its `custom_data["rsafe"]` holds `GuardSettings` by name; in a config made in Python also a
             `Guard`. Without it the guard has the default settings. Relative paths of a policy, a template, a
-            dialect or thresholds are looked up in the config's folder, then in the working directory. A model of
-            the type `rsafe` under `models` is the guard's engine where the settings name none.
+            dialect, thresholds or an engine's files are looked up in the config's folder, then in the working
+            directory. A model of the type `rsafe` under `models` is the guard's engine where the settings name none.
 
     Raises:
         SettingsError: A setting is unknown or can't be used; the message names it.
@@ -55,6 +56,8 @@ def guard_from_config(config: RailsConfig) -> Guard:
     for name in ("policy", "template", "threshold", "dialect"):
         if isinstance(value := values.get(name), str):
             values[name] = _beside(config.config_path, value)
+    if isinstance(engine := values.get("backend"), str):
+        values["backend"] = _engine_beside(config.config_path, engine, f"custom_data.{KEY}.backend")
     models = [model for model in config.models if model.type == MODEL_TYPE]
     if len(models) > 1:
         raise SettingsError(
@@ -66,7 +69,7 @@ def guard_from_config(config: RailsConfig) -> Guard:
                 f"The guard's engine must be named once: by custom_data.{KEY}.backend, or by the model of the "
                 f"type {MODEL_TYPE}."
             )
-        values["backend"] = backend_from_model(models[0])
+        values["backend"] = backend_from_model(models[0], config.config_path)
     return Guard.from_settings(GuardSettings.read(values, source=f"custom_data.{KEY}"))
 
 
@@ -104,13 +107,14 @@ def guards_from_config(config: RailsConfig) -> RailGuards:
     return guards
 
 
-def backend_from_model(model: Model) -> Backend:
+def backend_from_model(model: Model, folder: str | None = None) -> Backend:
     """The engine that an entry of `models:` names.
 
     Args:
         model: Its `engine` is one of OpenAI's chat API (`openai`, `nim`, `vllm_openai`, `ollama`), with
             `parameters.base_url` and `api_key_env_var`, or one in this process (`llamacpp`, `transformers`,
             `vllm`) or `embedded`.
+        folder: Where a file that it names is looked up first.
 
     Raises:
         SettingsError: Something in it can't be used; the message names the key.
@@ -129,19 +133,26 @@ def backend_from_model(model: Model) -> Backend:
             raise SettingsError(
                 f"{where}.model must name the model that {model.engine} runs, and it is empty."
             )
-        return shared_backend(f"{model.engine}:{model.model}")
+        named = f"{model.engine}:{model.model}"
+        return shared_backend(_engine_beside(folder, named, f"{where}.model"))
     if model.engine not in _SERVERS:
         engines = ", ".join((*_SERVERS, *_IN_PROCESS, "embedded"))
         raise SettingsError(f"{where}.engine must be one of {engines}, not {model.engine!r}.")
-    url = parameters.pop("base_url", None) or _SERVERS[model.engine]
+    given = parameters.pop("base_url", None)
+    url = given or _SERVERS[model.engine]
     if url is None:
         raise SettingsError(f"{where}.parameters.base_url must say where the server is, and it is missing.")
     if unknown := sorted(set(parameters) - set(_CLIENT_SETTINGS)):
         raise SettingsError(
             f"{where}.parameters must hold base_url, {', '.join(_CLIENT_SETTINGS)} only, not {', '.join(unknown)}."
         )
+    for name, number in parameters.items():
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise SettingsError(f"{where}.parameters.{name} must be a number, not {number!r}.")
+    # Nobody has named the server, so it gets no other provider's key.
+    key = model.api_key_env_var or (None if given else _KEYS.get(model.engine))
     try:
-        return OpenAIBackend(url, model.model, api_key_env=model.api_key_env_var, **parameters)
+        return OpenAIBackend(str(url).split(","), model.model, api_key_env=key, **parameters)
     except (SettingsError, TypeError) as error:
         raise SettingsError(f"{where}: {error}") from error
 
@@ -168,7 +179,27 @@ def _settings(config: RailsConfig) -> Mapping[str, Any]:
 def _beside(folder: str | None, name: str) -> str | Path:
     """The file of that name in the config's folder, or in one of those that were joined; without one, the name."""
     beside = (Path(part) / name for part in (folder or "").split(",") if part)
-    return next((path for path in beside if path.is_file()), name)
+    return next((path for path in beside if path.exists()), name)
+
+
+def _engine_beside(folder: str | None, text: str, where: str) -> str:
+    """A backend string with the files that it names.
+
+    Raises:
+        SettingsError: A GGUF file that it names isn't there.
+    """
+    engine, _, rest = text.partition(":")
+    if engine == "transformers":
+        return f"{engine}:{_beside(folder, rest)}"
+    if engine not in ("embedded", "llamacpp") or not rest:
+        return text
+    parts = [rest] if engine == "embedded" else [str(part) for part in model_and_adapter(rest) if part]
+    found = [str(_beside(folder, part)) for part in parts]
+    if missing := [part for part in found if not Path(part).expanduser().is_file()]:
+        raise SettingsError(
+            f"{where} names the file {missing[0]}, which is neither beside the config nor in the working directory."
+        )
+    return f"{engine}:{'#'.join(found)}"
 
 
 def register(app: LLMRails) -> None:

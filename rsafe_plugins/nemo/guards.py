@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 from nemoguardrails import RailsConfig
 from nemoguardrails.colang.v2_x.lang.colang_ast import Element, Spec
+from nemoguardrails.rails.llm.utils import get_action_details_from_flow_id
 
 from rsafe_plugins.errors import PolicyError, SettingsError
 from rsafe_plugins.guard import Guard, GuardSettings
@@ -160,6 +161,7 @@ class RailGuards:
                 "ours (%s), and none of the app's own calls one.",
                 ", ".join(_OURS),
             )
+        _check_streams(config)
         data = config.custom_data or {}
         if "rsafe" not in data and (misplaced := sorted({*data} & {*GuardSettings.model_fields})):
             log.warning(
@@ -253,6 +255,24 @@ def _runs_ours(config: RailsConfig) -> bool:
         return True
     own = [flow for flow in config.flows or [] if not _OF_LIBRARY.match(str(flow.get("id", "")))]
     return bool(re.search(r"rsafe[ _]check", str(own)))
+
+
+def _check_streams(config: RailsConfig) -> None:
+    """Refuses an output flow whose action NeMo doesn't find: of a stream it would run no rail, or break at the first.
+
+    Rails that run in parallel are then left out without a word, ours too.
+    """
+    if config.colang_version != "1.0" or not config.rails.output.streaming.enabled or not _runs_ours(config):
+        return
+    for flow in _flows(config, "output"):
+        try:
+            get_action_details_from_flow_id(flow, config.flows)
+        except Exception as error:
+            raise SettingsError(
+                f"NeMo can't judge a stream by the output flow {flow!r}, since it looks for the flow's own `execute`, "
+                f"and finds none: put '{flow_of('output')}' itself under rails.output.flows, or turn "
+                "rails.output.streaming off."
+            ) from error
 
 
 def _check_place(name: str, rail: Rail) -> None:

@@ -848,8 +848,8 @@ async def test_requests_go_to_the_least_busy_server() -> None:
 
 @pytest.mark.parametrize(
     "broken",
-    [drop, *(always(fault(status)) for status in (429, 500, 502, 503, 504))],
-    ids=["drop", "429", "500", "502", "503", "504"],
+    [drop, *(always(fault(status)) for status in (408, 429, 500, 502, 503, 504))],
+    ids=["drop", "408", "429", "500", "502", "503", "504"],
 )
 async def test_what_one_server_fails_at_another_does(broken: Behavior) -> None:
     async with Server(after_probe(broken)) as bad, Server(Chat()) as good:
@@ -1180,3 +1180,23 @@ async def test_a_guard_blocks_where_no_server_is() -> None:
 
     assert (verdict.label, verdict.blocked) == (None, True)
     assert "can't be reached" in str(verdict.error)
+
+
+def several(*choices: dict[str, Any]) -> Behavior:
+    return always(in_json({"choices": [{"finish_reason": "stop", **choice} for choice in choices]}))
+
+
+async def test_of_several_answers_the_first_counts_wherever_it_stands() -> None:
+    unsafe, safe = ({"index": n, "message": {"content": text}} for n, text in enumerate(("No.", "Yes.")))
+    async with running(after_probe(several(safe, unsafe))) as (_, backend):
+        assert (await only(backend, ask("Hi"))).text == "No."
+
+
+@pytest.mark.parametrize("index", [{}, {"index": 0}, {"index": 1}])
+async def test_of_several_answers_none_counts_that_cannot_be_told_from_the_others(
+    index: dict[str, int],
+) -> None:
+    both = ({**index, "message": {"content": text}} for text in ("No.", "Yes."))
+    async with running(after_probe(several(*both))) as (_, backend):
+        with pytest.raises(BackendError, match="no answer of OpenAI's chat API"):
+            await only(backend, ask("Hi"))

@@ -250,3 +250,15 @@ async def test_a_stream_that_drips_ends_with_the_timeout() -> None:
         answer = await answer_of(server, timeout=0.3, connect_timeout=0.3)
 
     assert isinstance(answer, BackendTimeout)
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u0085", "\x0c", "\r\n"])
+async def test_what_breaks_a_line_may_stand_in_the_text_as_it_is(mark: str) -> None:
+    said = f"<think>It says a{mark}b.</think>\\boxed{{safe}}"
+    delta = {"choices": [{"delta": {"content": said}, "finish_reason": "stop"}]}
+    text = json.dumps(delta, ensure_ascii=False)
+    line = f"data: {text}\r\n\r\n".encode()
+    # In pieces that part characters.
+    answer = await answer_of(StreamingServer([line[:70], line[70:75], line[75:], END]))
+    assert isinstance(answer, Completion)
+    assert answer.text == said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,7 +37,6 @@ def test_a_server_is_asked_by_our_own_client(engine: str) -> None:
     ("model", "kind"),
     [
         ("engine: embedded, model: guard", LlamaCppBackend),
-        ("engine: llamacpp, model: guard.gguf", LlamaCppBackend),
         ("engine: transformers, model: some/guard", TransformersBackend),
     ],
 )
@@ -105,3 +105,64 @@ def test_a_setting_that_is_not_there_is_named_when_the_app_is_built() -> None:
     with pytest.raises(RuntimeError) as raised:
         LLMRails(made, llm=MainModel())
     assert isinstance(raised.value.__cause__, SettingsError)
+
+
+def beside(folder: Path, model: str, rsafe: dict[str, Any] | None = None, kind: str = "rsafe") -> RailsConfig:
+    """The same config in a folder of its own, which isn't the working directory."""
+    made = config(model, rsafe)
+    made.models[0].type = kind
+    made.config_path = str(folder)
+    return made
+
+
+@pytest.mark.parametrize("adapter", ["", "#adapter.gguf"])
+def test_an_engines_files_are_looked_up_beside_the_config(
+    adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for name in ("guard.gguf", "adapter.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    named = f"guard.gguf{adapter}"
+    by_model = guard_from_config(beside(tmp_path, f"engine: llamacpp, model: '{named}'")).backend
+    by_key = guard_from_config(
+        beside(tmp_path, "engine: openai, model: main", {"backend": f"llamacpp:{named}"}, kind="main")
+    ).backend
+    for backend in (by_model, by_key):
+        assert isinstance(backend, LlamaCppBackend)
+        assert backend._model == tmp_path / "guard.gguf"
+        assert backend._adapter == (tmp_path / "adapter.gguf" if adapter else None)
+
+
+def test_an_engines_file_that_is_not_there_stops_the_app(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"names the file nowhere\.gguf"):
+        guard_from_config(beside(tmp_path, "engine: llamacpp, model: nowhere.gguf"))
+
+
+def test_a_server_that_nobody_has_named_gets_the_key_of_its_own_provider(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "of another provider")
+    monkeypatch.delenv("RSAFE_API_KEY", raising=False)
+    monkeypatch.delenv("NVIDIA_API_KEY", raising=False)
+    with pytest.raises(SettingsError, match="NVIDIA_API_KEY"):
+        guard_from_config(config("engine: nim, model: a-guard"))
+    monkeypatch.setenv("NVIDIA_API_KEY", "its own")
+    backend = guard_from_config(config("engine: nim, model: a-guard")).backend
+    assert isinstance(backend, OpenAIBackend)
+    assert backend._key_variables == ("NVIDIA_API_KEY",)
+
+
+def test_several_addresses_are_a_pool() -> None:
+    backend = guard_from_config(
+        config("engine: openai, model: g, parameters: {base_url: 'http://a:1/v1,http://b:1/v1'}")
+    ).backend
+    assert isinstance(backend, OpenAIBackend)
+    assert backend._urls == ["http://a:1/v1", "http://b:1/v1"]
+
+
+@pytest.mark.parametrize("wrong", ["timeout: '30'", "concurrency: '8'", "queue: true"])
+def test_a_parameter_that_is_no_number_is_named(wrong: str) -> None:
+    name = wrong.partition(":")[0]
+    with pytest.raises(SettingsError, match=rf"parameters\.{name} must be a number"):
+        guard_from_config(config(f"engine: openai, model: g, parameters: {{base_url: '{URL}', {wrong}}}"))

@@ -10,7 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
+from langchain_core.messages import AIMessage
+from langchain_core.runnables import RunnableLambda
+from nemoguardrails import LLMRails, RailsConfig
 from nemoguardrails.actions import action
+from nemoguardrails.integrations.langchain.llm_adapter import LangChainLLMAdapter
+from nemoguardrails.integrations.langchain.runnable_rails import RunnableRails
 from nemoguardrails.rails.llm.options import RailStatus, RailType
 from nemoguardrails.types import LLMResponse
 from support.nemo import (
@@ -553,3 +559,40 @@ define subflow my retrieval
 
     app.rails.runtime.register_action(look, "look")
     assert ANSWER in await app.reply(user("How is the sea?"))
+
+
+@pytest.mark.parametrize(
+    "output",
+    [AIMessage("a canary"), "a canary", {"output": "a canary", "sources": ["the canary"]}],
+    ids=["message", "text", "mapping"],
+)
+@pytest.mark.parametrize("asked", ["hi", "a canary?"])
+async def test_a_chain_behind_rails_returns_nothing_of_a_blocked_answer(output: Any, asked: str) -> None:
+    config = RailsConfig.from_content(
+        yaml_content=f"models: []\nimport_paths: [rsafe_plugins/rails]\nrails: {BOTH}\n"
+    )
+    config.custom_data["rsafe"] = {"backend": unsafe_where("canary")}
+    chain = RunnableRails(config, runnable=RunnableLambda(lambda _: output))
+    answer = await chain.ainvoke({"input": asked})
+    assert "canary" not in repr(answer)
+    assert REFUSAL in repr(answer)
+
+
+@pytest.mark.parametrize("blocked", ["answer", "call"])
+async def test_what_a_chat_model_says_beside_a_blocked_answer_is_taken_out(blocked: str) -> None:
+    raw = [{"id": "1", "type": "function", "function": {"name": "rm", "arguments": "a canary"}}]
+    call = {"name": "rm", "args": {"path": "a canary"}, "id": "1"}
+    reply = (
+        AIMessage("", tool_calls=[call], additional_kwargs={"tool_calls": raw})
+        if blocked == "call"
+        else AIMessage("a canary", additional_kwargs={"audio": "a canary"})
+    )
+    flows = "{output: {flows: [rsafe check output]}, tool_output: {flows: [rsafe check tool call]}}"
+    config = RailsConfig.from_content(
+        yaml_content=f"models: []\nimport_paths: [rsafe_plugins/rails]\npassthrough: true\nrails: {flows}\n"
+    )
+    config.custom_data["rsafe"] = {"backend": unsafe_where("canary")}
+    rails = LLMRails(config, llm=LangChainLLMAdapter(GenericFakeChatModel(messages=iter([reply]))))
+    response = await rails.generate_async(messages=[user("hi")], options={"log": {"activated_rails": False}})
+    assert "canary" not in repr(response)
+    assert REFUSAL in repr(response)

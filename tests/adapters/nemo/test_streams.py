@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from nemoguardrails.actions import action
 from nemoguardrails.actions.rail_outcome import RailOutcome
-from support.nemo import ANSWER, SAFE, UNSAFE, App, MainModel, build, unsafe_where, user
+from support.nemo import ANSWER, SAFE, STREAMING, UNSAFE, App, MainModel, build, unsafe_where, user
 
+from rsafe_plugins.errors import SettingsError
 from rsafe_plugins.testing import ScriptedBackend
 
 REFUSAL = "Let us talk about the sea."
@@ -119,3 +120,13 @@ async def test_fifty_streams_at_once_end_each_with_their_own_verdict(app: App) -
     replies = await asyncio.gather(*(app.stream(user(name)) for name in names))
     app.rails.update_llm(main)
     assert replies == [REFUSAL if name.startswith("BAD") else ANSWER for name in names]
+
+
+@pytest.mark.parametrize("flows", ["my output check", "rsafe check output, my output check"])
+@pytest.mark.parametrize("parallel", ["true", "false"])
+def test_an_output_flow_whose_action_nemo_does_not_find_stops_the_app(flows: str, parallel: str) -> None:
+    rails = f"{{output: {{parallel: {parallel}, flows: [{flows}], {STREAMING}}}}}"
+    with pytest.raises(RuntimeError) as raised:
+        build(rails, colang="define subflow my output check\n  do rsafe check output\n")
+    assert isinstance(raised.value.__cause__, SettingsError)
+    assert "by the output flow 'my output check'" in str(raised.value.__cause__)
