@@ -54,7 +54,7 @@ def _plain(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def _json_lines(path: Path, text: io.TextIOWrapper) -> Iterator[tuple[str, Row]]:
+def _json_lines(path: Path, text: io.TextIOBase) -> Iterator[tuple[str, Row]]:
     for number, line in enumerate(text, 1):
         if line.strip():
             place = f"line {number}"
@@ -62,7 +62,17 @@ def _json_lines(path: Path, text: io.TextIOWrapper) -> Iterator[tuple[str, Row]]
 
 
 def _json(path: Path, text: io.TextIOWrapper) -> Iterator[tuple[str, Row]]:
-    listed = _parsed(text.read(), str(path))
+    whole = text.read()
+    begun = whole.lstrip()
+    if begun.startswith("{") and "\n" in begun.rstrip():
+        try:
+            json.loads(whole)
+        except ValueError:
+            yield from _json_lines(path, io.StringIO(whole))  # so named, but an object a line
+            return
+        except RecursionError:
+            pass
+    listed = _parsed(whole, str(path))
     if not isinstance(listed, list):
         raise DataError(f"{path}: expected a list of JSON objects, not {type(listed).__name__}.")
     for number, row in enumerate(listed, 1):

@@ -194,16 +194,17 @@ def _wildguard(row: Row, file: str) -> Iterator[Fields]:
 
 
 def _beavertails(row: Row, file: str) -> Iterator[Fields]:
-    yield _response(
-        row["prompt"], row["response"], not _flag(row, "is_safe"), *_true_names(row.get("category"))
-    )
+    unsafe = not _flag(row, "is_safe")
+    if row["response"]:
+        yield _response(row["prompt"], row["response"], unsafe, *_true_names(row.get("category")))
 
 
 def _saferlhf(row: Row, file: str) -> Iterator[Fields]:
     for number in (0, 1):
         categories = _true_names(row.get(f"response_{number}_harm_category"))
         unsafe = not _flag(row, f"is_response_{number}_safe")
-        yield _response(row["prompt"], row[f"response_{number}"], unsafe, *categories)
+        if response := row[f"response_{number}"]:
+            yield _response(row["prompt"], response, unsafe, *categories)
 
 
 def _xstest(row: Row, file: str) -> Iterator[Fields]:

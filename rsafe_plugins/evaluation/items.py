@@ -36,6 +36,19 @@ class LabelledItem(BaseModel):
     label: Literal["safe", "unsafe"]
     categories: tuple[str, ...] = ()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_table(cls, fields: Any) -> Any:
+        """A table has cells without anything in them, numbers for ids, and no lists."""
+        if not isinstance(fields, Mapping):
+            return fields
+        known = {name: value for name, value in fields.items() if value is not None}
+        if isinstance(number := known.get("id"), int) and not isinstance(number, bool):
+            known["id"] = str(number)
+        if isinstance(listed := known.get("categories"), str):
+            known["categories"] = tuple(filter(None, map(str.strip, listed.split(";"))))
+        return known
+
     @model_validator(mode="after")
     def _has_what_is_judged(self) -> LabelledItem:
         if not getattr(self, self.task):

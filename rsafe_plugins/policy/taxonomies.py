@@ -35,7 +35,7 @@ def corresponding(category: str, taxonomy: str, to: str) -> tuple[str, ...]:
     """The categories of one taxonomy that correspond to a category of another.
 
     Args:
-        category: Its id, or its name where the taxonomy has no ids.
+        category: Its id, or its name where the taxonomy has no ids or its data set gives names.
         taxonomy: The taxonomy that it belongs to, one of `taxonomy_names()`.
         to: The taxonomy in question.
 
@@ -48,6 +48,7 @@ def corresponding(category: str, taxonomy: str, to: str) -> tuple[str, ...]:
     for name in (taxonomy, to):
         if name not in taxonomy_names():
             raise PolicyError(f"There is no taxonomy {files.choices(name, taxonomy_names())}.")
+    category = _table()["names"].get(taxonomy, {}).get(category, category)
     found: dict[str, None] = {}
     for hub, row in _table()["rows"].items():
         if category in ([hub] if taxonomy == _HUB else row.get(taxonomy, ())):

@@ -367,3 +367,11 @@ except DataError as error:
     assert first == "xstest hi"
     assert "lmsys/toxic-chat" in second
     assert "toxicchat:FILE" in second
+
+
+def test_a_row_without_a_response_is_left_out(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a", "response": "", "is_safe": False, "category": {}},
+        {"prompt": "a", "response": "b", "is_safe": True, "category": {}},
+    ]
+    assert [item.response for item in read(tmp_path, "beavertails", "test.jsonl", rows)] == ["b"]

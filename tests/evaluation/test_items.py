@@ -62,3 +62,25 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"id": "\xe9"}')
     with pytest.raises(DataError, match="not UTF-8"):
         read_items(tmp_path / "latin.jsonl")
+
+
+def test_cells_of_a_table_may_be_empty_and_ids_numbers(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "null.jsonl",
+        {"id": 1, "task": "prompt", "prompt": "Hi", "response": None, "label": "safe", "categories": None},
+        {
+            "id": "2",
+            "task": "prompt",
+            "prompt": "Hi",
+            "label": "unsafe",
+            "categories": "theft, robbery; fraud",
+        },
+    )
+    first, second = read_items(path)
+    assert (first.id, first.response, first.categories) == ("1", "", ())
+    assert second.categories == ("theft, robbery", "fraud")
+
+
+def test_json_lines_may_be_named_json(tmp_path: Path) -> None:
+    row = {"id": "1", "task": "prompt", "prompt": "Hi", "label": "safe"}
+    assert len(read_items(write(tmp_path / "lines.json", row, {**row, "id": "2"}))) == 2

@@ -114,3 +114,8 @@ def test_only_categories_for_the_kind_of_content_count() -> None:
     assert "U4" in {one.id for one in left_out(policy(hate, drugs), "prompt")}
     assert "U4" not in {one.id for one in left_out(policy(hate, drugs), "response")}
     assert left_out(policy(hate), "response") == ()
+
+
+def test_the_names_that_a_data_set_gives_stand_for_the_ids() -> None:
+    for name, id in (("Violence", "S1"), ("Hate/Identity Hate", "S8"), ("Malware", "S17")):
+        assert corresponding(name, "nemotron", "rsafe-18") == corresponding(id, "nemotron", "rsafe-18") != ()

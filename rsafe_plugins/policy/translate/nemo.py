@@ -90,6 +90,7 @@ _FORBIDDEN_LIST = re.compile(r"deny|denied|forbid|block|banned|ban_|prohibit|dis
 _KNOWN_IMPORT = re.compile(
     r"rsafe_plugins\b.*|nemoguardrails\b.*|core|guardrails|llm|avatars|timing|utils|attention|passthrough"
 )
+_FOLDED = re.compile(r":\s+- \S.* - \S.*")
 _CONTROL = re.compile(r"\{[%#].*?[%#]\}", re.DOTALL)
 _PLACE = re.compile(r"\{\{.*?\}\}", re.DOTALL)
 
@@ -307,6 +308,8 @@ def _text_lines(text: Text, file: str, key: str) -> list[Piece]:
     """A prompt's lines without its template's logic. Whatever branch they stand in, they may be said."""
     _check_template(text, file, key)
     plain_text = _CONTROL.sub(lambda found: "\n" * found[0].count("\n"), text)
+    # A folded block of YAML has its bullets in one line.
+    plain_text = _FOLDED.sub(lambda found: re.sub(r" - (?=\S)", "\n- ", found[0]), plain_text)
     pieces = lines(plain_text, file, key, text.line)
     return [replace(piece, line=min(piece.line, text.last)) for piece in pieces]
 

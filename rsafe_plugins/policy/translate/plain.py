@@ -28,12 +28,17 @@ def _form(pattern: str) -> re.Pattern[str]:
 
 
 _GOOD = _form(
-    r"\b(?:allow\w*|permit\w*|permissible|acceptable|accepted|approved|ok(?:ay)?|fine(?!-)|exceptions?|do'?s)\b|"
+    r"\b(?:allow\w*|permit\w*|permissible|acceptable|accepted|approved|ok(?:ay)?|fine(?!-)|exceptions?|do'?s|"
+    r"in[\s-]scope|supported|harmless|legitimate|whitelist\w*|welcome|encouraged|tolerated|benign|free\s+to|"
+    r"let\s+through|should\s+pass|pass\s+(?:it|the|a|messages?)|answer\s+questions\s+about)\b|"
     r"\b(?:may|can)\s*:?\s*$|\bcan\s+(?:help|assist|answer|discuss|talk)\b|"
     r"^(?:what\s+)?(?:the\s+)?(?:users?|bots?|you|we|they|messages?|assistants?|models?)\s+(?:may|can)\b"
     r"(?!\s+(?:try|attempt|lose|get|cause|contain|include|harm)\b)"
 )
-_SAFE = _form(r"^\W*safe(?:\s+(?:content|messages?))?\s*(?:\([^)]*\))?\W*$")
+_SAFE = _form(
+    r"^\W*safe\s*(?:\([^)]*\))?\W*$|"
+    r"^(?:.*\s)?\W*safe\s+(?:contents?|messages?|topics?|examples?|requests?|questions?|inputs?|outputs?)\b[^.]*$"
+)
 _BAD = _form(
     r"\b(?:forbid\w*|prohibit\w*|disallow\w*|banned|bans?|unsafe|violat\w+|block\w*|refus\w+|reject\w*|restrict\w*|"
     r"unacceptable|don['\u2019]?ts|flag(?:ged)?|suspend\w*|removed|delet\w+|punish\w*|"
@@ -51,6 +56,7 @@ _EXCEPT = _form(r"\b(?:except|unless|other\s+than|apart\s+from)\b")
 _MUST = _form(r"\b(?:should|must|shall|needs?\s+to|ha(?:s|ve)\s+to|always|required?)\b|^\W*do\W*$")
 _ONLY = _form(r"\b(?:only|just|solely|exclusively)\b")
 _SAY = r"\b(?:answer|respond|reply|say|output|return)\s+(?:only\s+)?(?:with\s+)?[\"'\u201c]?"
+_BY_SAYING = r"\bby\s+(?:saying|answering|responding|replying|returning)\b"
 _SAYS_NO = _form(rf"{_SAY}(?:no|safe|false|0)\b")
 _RULES = _form(r"\b(?:polic(?:y|ies)|rules?|guidelines?)\b")
 _JUDGE = _form(
@@ -61,13 +67,17 @@ _JUDGE = _form(
     r"(?:please\s+)?(?:do\s+not|don['\u2019]?t|never)\s+(?:explain|justify|elaborate|"
     r"(?:provide|give|add|include|output)\s+(?:an\s+|any\s+|your\s+)?(?:explanations?|reason\w*|anything|other))\b|"
     r"(?:if|when)\b.*\b(?:answer|respond|reply|output|return|say)\s+(?:only\s+)?(?:with\s+)?"
-    r"[\"'\u201c]?(?:yes|no|safe|unsafe|block|allow|true|false|0|1)\b)"
+    r"[\"'\u201c]?(?:yes|no|safe|unsafe|block|allow|true|false|0|1)\b|"
+    rf"(?:if|when)\b.*\b(?:block|allow)\b.*{_BY_SAYING}|treat\s+(?:the|these)\b.*\bconditions\s+as\b)"
 )
 
 
 _UNSAFE = r"[\"'\u201c]?(?:yes|unsafe|block(?:ed)?)\b[\"'\u201d]?"
 _UNSAFE_IF = _form(
     rf"^(?:please\s+)?{_SAY}{_UNSAFE}[,\s]+(?:if|when|whenever|where|for)\s+(?P<what>\S.*?)[.\s]*$"
+)
+_IF_BLOCKED = _form(
+    rf"^(?:if|when|whenever)\s+(?P<what>\S.*?),\s+(?:then\s+)?(?:you\s+)?(?:(?:should|must)\s+)?block\b.*{_BY_SAYING}"
 )
 _IF_UNSAFE = _form(rf"^(?:if|when|whenever)\s+(?P<what>\S.*?),?\s+(?:then\s+)?{_SAY}{_UNSAFE}[.\s]*$")
 # A condition of these words alone says no more than that the rules are broken.
@@ -79,10 +89,10 @@ _BY_THE_RULES = frozenset(
     below block blocked bot break breaks by categories category company compliance compliant
     complies comply condition conditions contain contains content conversation criteria criterion do
     does doesn don falls following for from given goes guideline guidelines harmful human if in
-    inappropriate input instructions is isn it its last latest least listed meets message moderation
+    inappropriate input instructions is isn it its last latest least listed meets message met moderation
     more my not of ok on one or our output permitted policies policy prompt query question refused
     rejected request response rule rules s safe safety security should so statement t terms text
-    that the them these this those to under unsafe usage user user's violate violates violating
+    that the them these this those to under unsafe usage user user's violate violated violates violating
     violation violations was way with would you your
         """,
     )
@@ -151,7 +161,7 @@ def read(draft: Draft, pieces: Sequence[Piece], *, judge: bool = False) -> list[
     seen = False  # a bullet in this section
     # Bullets that end with a colon: their indent, what they say, how they begin, and the rule they are.
     nested: list[tuple[int, Says, str, int | None]] = []
-    pieces = unwrapped(pieces)
+    pieces = [part for piece in unwrapped(pieces) for part in _parts(piece, judge)]
     has_bullets = any(BULLET.match(piece.text) for piece in pieces)
     for number, piece in enumerate(pieces):
         following = pieces[number + 1] if number + 1 < len(pieces) else None
@@ -180,25 +190,25 @@ def read(draft: Draft, pieces: Sequence[Piece], *, judge: bool = False) -> list[
                 lead = title
             others.append(Entry(piece, reason="a heading"))
             continue
-        for part in _parts(piece, judge):
-            if judge and _JUDGE.match(part.text):
-                if condition := _condition(part.text):
-                    draft.rules.append(Rule(condition, part, description=f"{condition}."))
-                else:
-                    others.append(Entry(part, reason="an instruction to the model that judges"))
-            elif is_rule(part.text):
-                # Between bullets a rule is one by its own words; without any, its heading may say what it is.
-                others += add_sentence(draft, part, says="" if has_bullets else says)
-                if has_bullets:
-                    says, lead = "", ""
+        if judge and _JUDGE.match(piece.text):
+            if condition := _condition(piece.text):
+                draft.rules.append(Rule(condition, piece, description=f"{condition}."))
             else:
-                # Under a heading that forbids or allows, and no bullet: nobody knows whether it belongs there.
-                is_unknown = bool(says) and not judge and not _bullets_below(pieces[number:])
-                is_unknown = is_unknown or says == "forbids" or _sounds_like_a_rule(part.text)
-                reason = "" if is_unknown else "neither forbids, allows nor demands anything"
-                others.append(Entry(part, reason=reason))
-                if seen and says == "allows":
-                    says = "unsure"
+                others.append(Entry(piece, reason="an instruction to the model that judges"))
+        elif is_rule(piece.text):
+            # Between bullets a rule is one by its own words; without any, its heading may say what it is.
+            others += add_sentence(draft, piece, says="" if has_bullets else says)
+            if has_bullets:
+                says, lead = "", ""
+        else:
+            # Under a heading that forbids or allows, and no bullet: nobody knows whether it belongs there.
+            is_unknown = bool(says) and not judge and not _bullets_below(pieces[number:])
+            is_place = judge and "{{" in piece.text
+            is_unknown = is_unknown or (says == "forbids" and not is_place) or _sounds_like_a_rule(piece.text)
+            reason = "" if is_unknown else "neither forbids, allows nor demands anything"
+            others.append(Entry(piece, reason=reason))
+            if seen and says == "allows":
+                says = "unsure"
     return others
 
 
@@ -210,14 +220,19 @@ def _sounds_like_a_rule(text: str) -> bool:
 
 def _parts(piece: Piece, judge: bool) -> list[Piece]:
     """A line's sentences where some of them may be for the model that judges; else the line."""
-    if not judge or not any(_JUDGE.match(sentence) for sentence in sentences(piece.text)):
+    if (
+        not judge
+        or BULLET.match(piece.text)
+        or not any(_JUDGE.match(sentence) for sentence in sentences(piece.text))
+    ):
         return [piece]
     return [Piece(one, piece.file, piece.line, piece.key) for one in sentences(piece.text)]
 
 
 def _condition(text: str) -> str:
     """For what the model that judges is told to say that it is unsafe; empty where that is the rest of the prompt."""
-    found = _UNSAFE_IF.match(text.strip()) or _IF_UNSAFE.match(text.strip())
+    line = text.strip()
+    found = _UNSAFE_IF.match(line) or _IF_UNSAFE.match(line) or _IF_BLOCKED.match(line)
     if found is None:
         return ""
     what = re.sub(r",?\s+(?:otherwise|else)\b.*$", "", found["what"], flags=re.IGNORECASE | re.DOTALL)

@@ -28,7 +28,7 @@ _NOT = (
     rf"(?:(?:is|are)\s+(?:not|never)|(?:is|are)n{_APOSTROPHE}?t|not)\s+(?:allowed|permitted|supposed)\s+to|"
     r"(?:is|are)\s+(?:forbidden|prohibited)\s+to)"
 )
-_OK = r"(?:ok(?:ay)?|fine|allowed|acceptable|permitted)"
+_OK = r"(?:ok(?:ay)?|fine|allowed|acceptable|permitted|appropriate)"
 _IS = rf"(?:is|are|it{_APOSTROPHE}s)"
 _IS_NOT = rf"(?:{_IS}\s+(?:not|never)|(?:is|are)n{_APOSTROPHE}?t)"
 _BANNED = r"(?:forbidden|prohibited|banned|disallowed|unacceptable|off[\s-]+limits)"
@@ -80,7 +80,9 @@ _WITHOUT = _form(
 _BLOCKS = _form(
     rf"^(?:please\s+|always\s+)?{_BLOCK}\s+\S|^(?:if|when)\b.*\b(?:then|,)\s*(?:please\s+)?{_BLOCK}\b"
 )
-_ALLOWED = _form(rf"^(?P<what>.+?)\s+{_IS}\s+{_OK}{_REST}")
+_BLOCKS_IF = _form(rf"\b{_BLOCK}\b.*\b(?:if|when|that|which)\b.*:\s*$")
+_SHOULD_BE_OK = rf"(?:should|must|shall)\s+(?:always\s+)?be\s+{_OK}"
+_ALLOWED = _form(rf"^(?P<what>.+?)\s+(?:{_IS}\s+(?:always\s+)?{_OK}|{_SHOULD_BE_OK}){_REST}")
 _ALLOWS = _form(
     rf"^(?:{_SUBJECT}{_WHAT}(?:may|can|(?:is|are|(?:should|must|shall)\s+be)\s+(?:able|allowed|permitted|free|welcome)"
     r"\s+to|feel\s+free\s+to)|"
@@ -150,6 +152,14 @@ _PERHAPS_OK = _form(
     rf"\b(?:{_IS}|fully|perfectly|always|we)\s+(?:[a-z]+\s+)?(?:welcome|tolerated?|safe|ok(?:ay)?|fine|accepted|allowed|"
     rf"permitted)\b|\b(?:may|can)\s*,|\b(?:don{_APOSTROPHE}?t|do\s+not)\s+mind\b|{ALLOWED_ELSEWHERE}"
 )
+# What is good about a message, or what the application is for: the opposite of what is forbidden.
+_GOOD = _form(
+    r"^(?:it\s+)?(?:is\s+(?:factual\w*|accurate|consistent|free\s+of|polite|respectful|relevant|helpful)|"
+    r"(?:complies|comply)\s+with|(?:contains?|has|includes?)\s+no|free\s+of)\b|"
+    r"^(?:the\s+|our\s+)?(?:(?:chat)?bot|assistant|(?:ai\s+)?model|agent|service)\s+"
+    r"(?:helps?|assists?|supports?|answers?|provides?|handles?)\b|"
+    r"\b(?:is|are)\s+(?:not|no)\s+(?:an?\s+)?violations?$"
+)
 _PEOPLE = _form(
     r"^(?:the\s+|all\s+|any\s+)?(?:\w+\s+)?(?:users?|customers?|people|persons?|somebody|someone|anyone|women|men|"
     r"children|minorities|immigrants|groups?|others|them|employees?|members?)\b(?!['\u2019])"
@@ -180,10 +190,10 @@ def add_sentence(
     if not text:
         return [Entry(piece, reason="a line without words")]
     form, what = _reading(text)
-    if form == "allows" and says == "forbids":
+    if form == "allows" and says == "forbids" and not re.search(_SHOULD_BE_OK, text, re.IGNORECASE):
         form = "whole"  # they contradict each other
     whole = f"{lead} {text}".strip()
-    if form == "unknown":
+    if form == "unknown" or (says in ("", "unsure") and _GOOD.search(text)):
         return [Entry(piece)]
     if form == "does":
         draft.rules.append(_forbidden(what, piece))
@@ -200,6 +210,8 @@ def add_sentence(
             draft.exceptions.append((text, piece))
     elif says == "unsure":
         return [Entry(piece)]
+    elif says == "forbids" and _BLOCKS_IF.search(lead):
+        draft.rules.append(Rule(capital(text), piece, description=f"{capital(text)}."))
     elif says == "demands" or (says == "forbids" and lead):
         draft.rules.append(_whole(text, whole, piece))
     elif (form == "demands" or _BE.match(text)) and not says:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 from rsafe_plugins.policy.translate import plain
 from rsafe_plugins.policy.translate.pieces import Draft, Entry, Piece, Rule
@@ -110,6 +111,9 @@ def read(draft: Draft, pieces: Sequence[Piece]) -> list[Entry]:
                 )
             else:
                 getattr(rule, part).append((text.rstrip("."), piece))
+        elif introduced := _introduces(text, following):
+            part = introduced
+            rule.more.append(piece)
         elif (found := _FORBIDS_INLINE.match(text)) and not _MORE.search(found["what"]):
             rule.covers.append((found["what"].rstrip("."), piece))
         elif (
@@ -127,6 +131,18 @@ def read(draft: Draft, pieces: Sequence[Piece]) -> list[Entry]:
             if following is not None and BULLET.match(following.text):
                 part = "description"  # nobody knows whether it forbids what stands under it
     return [*others, *_behind(draft, behind)]
+
+
+def _introduces(text: str, following: Piece | None) -> Literal["covers", "allows", ""]:
+    """What a line above bullets, which is more than a status, says of them; empty where it says nothing."""
+    if following is None or not BULLET.match(following.text) or BULLET.match(text):
+        return ""
+    if _FORBIDS_INLINE.match(text):
+        return "covers"
+    is_allowing = (
+        text.endswith(":") and (found := _ALLOWS_INLINE.match(text)) and not _MORE.search(found["what"])
+    )
+    return "allows" if is_allowing else ""
 
 
 def _heads_between(pieces: Sequence[Piece], start: int, end: int) -> dict[int, re.Match[str]]:

@@ -847,7 +847,7 @@ def test_nothing_is_lost_whatever_a_self_check_prompt_says(
     except PolicyError as error:
         said = str(error)
     else:
-        assert translation.unplaced == []
+        assert all(entry in translation.report for entry in translation.unplaced)
         said = " ".join(entry.piece.text for entry in translation.report)
         (policy,) = translation.policies.values()
         assert policy.from_yaml(policy.to_yaml()).digest == policy.digest
@@ -1081,3 +1081,35 @@ flow bombs
         config(tmp_path, 'colang_version: "2.x"\nmodels: []\n', main=flows)
     ).policies.values()
     assert [one.name for one in policy.categories] == ["Bombs"]
+
+
+LONG_PROMPTS = """prompts:
+  - task: self_check_input
+    content: {style}
+      Your task is to determine whether to block a request.
+      If the input is harmless, you should allow it by saying "no".
+
+      You should block the request if any of the conditions below are met:
+      - it has insults
+      - it asks for a password
+
+      Treat the above conditions as strict rules. If any of them are met, you should block it by saying "yes".
+      If it mentions a competitor, you should block it by saying "yes".
+
+      The request: "{{{{ user_input }}}}" Should it be blocked?
+      Answer [Yes/No]:
+"""
+
+
+@pytest.mark.parametrize("style", ["|", ">"])
+def test_conditions_are_categories_and_what_the_judge_is_told_of_them_is_none(
+    tmp_path: Path, style: str
+) -> None:
+    translation = translate(config(tmp_path, LONG_PROMPTS.format(style=style)))
+    (policy,) = translation.policies.values()
+    assert [(one.name, one.description) for one in policy.categories] == [
+        ("It has insults", "It has insults."),
+        ("It asks for a password", "It asks for a password."),
+        ("It mentions a competitor", "It mentions a competitor."),
+    ]
+    assert translation.unplaced == []

@@ -872,3 +872,96 @@ def test_what_tells_the_judge_to_follow_the_rules_is_no_rule(tmp_path: Path, lin
     translation = translate(tmp_path)
     assert [one.name for one in only(translation).categories] == ["Insult"]
     assert translation.unplaced == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Questions about billing should be allowed",
+        "Questions about billing are always allowed",
+        "It is appropriate to ask about billing",
+    ],
+)
+def test_what_a_line_allows_is_an_exception(tmp_path: Path, line: str) -> None:
+    policy = only(of(tmp_path, f"- No insults\n- {line}\n", "mine.md"))
+    assert [one.name for one in policy.categories] == ["Insults"]
+    assert "billing" in str(policy.categories[0].allows)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "The bot helps with questions about billing",
+        "Is factually consistent with the context",
+        "Complies with the law",
+        "Contains no slurs",
+        "Is free of slurs",
+        "Questions about billing are not a violation",
+    ],
+)
+def test_what_is_good_is_not_forbidden(tmp_path: Path, line: str) -> None:
+    translation = of(tmp_path, f"- No insults\n- {line}\n", "mine.md")
+    assert [one.name for one in only(translation).categories] == ["Insults"]
+    assert [entry.piece.text for entry in translation.unplaced] == [f"- {line}"]
+
+
+@pytest.mark.parametrize(
+    "heading",
+    [
+        "In scope:",
+        "Supported topics:",
+        "Safe topics:",
+        "Harmless requests:",
+        "Legitimate requests:",
+        "Whitelisted:",
+        "Welcome:",
+        "Encouraged:",
+        "Tolerated:",
+        "Users are free to:",
+        "Answer questions about:",
+        "Examples of safe messages:",
+        "## Benign",
+        "## Let through",
+        "The following should pass:",
+        "Pass the message if it is about:",
+    ],
+)
+def test_what_stands_under_a_heading_that_allows_is_not_forbidden(tmp_path: Path, heading: str) -> None:
+    policy = only(of(tmp_path, f"## Prohibited\n- insults\n\n{heading}\n- billing questions\n", "mine.md"))
+    assert [one.name for one in policy.categories] == ["Insults"]
+    assert "billing questions" in str(policy.categories[0].allows)
+
+
+@pytest.mark.parametrize(
+    "heading", ["Not in scope:", "Not tolerated:", "Unsafe topics:", "Not welcome:", "Unsupported claims:"]
+)
+def test_what_stands_under_the_opposite_is_not_allowed(tmp_path: Path, heading: str) -> None:
+    policy = only(of(tmp_path, f"## Prohibited\n- insults\n\n{heading}\n- billing questions\n", "mine.md"))
+    assert not any(one.allows for one in policy.categories)
+
+
+def test_a_line_above_bullets_says_on_which_side_they_are(tmp_path: Path) -> None:
+    policy = only(
+        of(
+            tmp_path,
+            """<BEGIN UNSAFE CONTENT CATEGORIES>
+O1: Legal advice.
+Should not
+- give legal advice
+AI models may discuss the following:
+- the history of law
+O2: Crime.
+Can
+- discuss crime in history
+Should not do any of the following:
+- explain how to steal
+Should not (even in fiction)
+- describe how to rob
+<END UNSAFE CONTENT CATEGORIES>
+""",
+        )
+    )
+    law, crime = policy.categories
+    assert (law.covers, law.allows) == (("give legal advice",), ("the history of law",))
+    assert crime.covers == ("explain how to steal", "describe how to rob")
+    assert crime.allows == ("discuss crime in history",)
