@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,15 @@ import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from datasets import Dataset  # type: ignore[import-untyped]
+from torch.nn.functional import pad
 from torch.utils.data import Sampler
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    RepetitionPenaltyLogitsProcessor,
+    TrainerCallback,
+)
 from transformers.integrations import TensorBoardCallback  # type: ignore[attr-defined]
 from trl import GRPOConfig, GRPOTrainer  # type: ignore[attr-defined]
 from trl.models import unwrap_model_for_generation  # type: ignore[attr-defined]
@@ -50,6 +57,7 @@ from rsafe_plugins.policy import Policy
 STATE = "rsafe.json"  # written last into a checkpoint, so one that has it is whole
 _KEPT_CHECKPOINTS = 2
 _EVALUATED_AT_ONCE = 16
+_LIKELIEST = 512  # next tokens among which one is drawn, if they reach `top_p`
 _DRAWN_EVERY = 10  # steps between renewals of the picture
 
 Solved = dict[int, list[int]]
@@ -216,14 +224,54 @@ def _as_verdict(answer: Completion | BackendError) -> Verdict:
 
 
 class _Trainer(GRPOTrainer):
-    """TRL's trainer with our order of items, which computes a prompt once for all its completions of a micro-batch."""
+    """TRL's trainer with our order of items, which computes a prompt once for all its completions.
 
-    def __init__(self, sampler: DrawSampler, **arguments: Any) -> None:
+    Args:
+        sampler: That order.
+        settings: How to train.
+        **arguments: TRL's own.
+    """
+
+    def __init__(self, sampler: DrawSampler, settings: GRPOSettings, **arguments: Any) -> None:
         self._sampler = sampler
+        self._settings = settings
         super().__init__(**arguments)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler[int]:
         return self._sampler
+
+    def _generate_single_turn(
+        self, prompt_ids: Sequence[Sequence[int]], *arguments: Any, **more: Any
+    ) -> tuple[list[list[int]], Any]:
+        # A GPU is faster with all prompts in one batch, and processes may have to gather weights first.
+        device = self.accelerator.device
+        if self.use_vllm or device.type != "cpu" or self.accelerator.num_processes > 1:
+            return super()._generate_single_turn(prompt_ids, *arguments, **more)  # type: ignore[no-any-return,no-untyped-call]
+        completions: list[list[int]] = []
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
+            engine = CausalLM(Loaded(model, self.processing_class, device))
+            for prompt, copies in groupby(map(tuple, prompt_ids)):
+                completions += engine.sample(
+                    prompt,
+                    len(list(copies)),
+                    self._drawn,
+                    max_tokens=self._settings.max_tokens,
+                    ends=self.eos_token_ids,
+                )
+        return completions, None
+
+    def _drawn(self, seen: Any, logits: torch.Tensor) -> torch.Tensor:
+        """The next token of each row, drawn as the settings say."""
+        settings = self._settings
+        logits = RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)(seen, logits.float())
+        chances = (logits / settings.temperature).softmax(-1)
+        # Of so many tokens the likeliest few nearly always suffice, and to sort them all is slow.
+        values, tokens = chances.topk(min(_LIKELIEST, chances.shape[-1]))
+        if settings.top_p >= 1 or values.sum(-1).min() < settings.top_p:
+            values, tokens = chances.sort(descending=True)
+        before = values.cumsum(-1) - values
+        drawn = torch.multinomial(values.masked_fill(before >= settings.top_p, 0), 1)
+        return tokens.gather(-1, drawn)[:, 0]
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -238,16 +286,17 @@ class _Trainer(GRPOTrainer):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         # Recomputed activations leave no cache, and processes that join gradients want one forward pass.
         if self.args.gradient_checkpointing or self.accelerator.num_processes > 1 or compute_aux_loss:
-            return super()._get_per_token_logps_and_entropies(  # type: ignore[no-any-return]
-                model,
-                input_ids,
-                attention_mask,
-                logits_to_keep,
-                batch_size,
-                compute_entropy,
-                compute_aux_loss,
-                **more,
-            )
+            with self._precision():
+                return super()._get_per_token_logps_and_entropies(  # type: ignore[no-any-return]
+                    model,
+                    input_ids,
+                    attention_mask,
+                    logits_to_keep,
+                    batch_size,
+                    compute_entropy,
+                    compute_aux_loss,
+                    **more,
+                )
         padded = input_ids[:, :-logits_to_keep].masked_fill(attention_mask[:, :-logits_to_keep] == 0, -1)
         _, group = torch.unique(padded, dim=0, return_inverse=True)
         members = [(group == one).nonzero().flatten() for one in group.unique()]
@@ -268,9 +317,12 @@ class _Trainer(GRPOTrainer):
         self, model: Any, prompt: torch.Tensor, completions: torch.Tensor, mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability and entropy of each token of some completions, (rows, tokens), of one prompt, (tokens,)."""
-        rows = completions.shape[0]
-        with self.accelerator.autocast():
-            cache = model(input_ids=prompt[None, :-1], use_cache=True, logits_to_keep=1).past_key_values
+        rows, padded = completions.shape
+        width = int(mask.sum(-1).max())
+        completions, mask = completions[:, :width], mask[:, :width]
+        with self._precision():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self._settings.through_prompt):
+                cache = model(input_ids=prompt[None, :-1], use_cache=True, logits_to_keep=1).past_key_values
             cache.batch_repeat_interleave(rows)
             seen = torch.cat([prompt.new_ones(rows, len(prompt)), mask], dim=1)
             outputs = model(
@@ -282,8 +334,12 @@ class _Trainer(GRPOTrainer):
                 ),
                 fused_lm_head=True,
             )
-        width = completions.shape[1]
-        return outputs.log_probs[:, -width:], outputs.entropy[:, -width:]
+        tail = (0, padded - width)
+        return pad(outputs.log_probs[:, -width:], tail), pad(outputs.entropy[:, -width:], tail)
+
+    def _precision(self) -> torch.autocast:
+        # Not accelerate's, which would compute rollouts so too: token by token that is slower on a CPU.
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=_is_half(self._settings))
 
 
 class GRPO:
@@ -335,7 +391,7 @@ class GRPO:
         model, self.tokenizer = load_base(
             base,
             merged=adapter if settings.full else None,
-            dtype="bfloat16" if on_gpu and not settings.full else "float32",
+            dtype="bfloat16" if on_gpu and _is_half(settings) and not settings.full else "float32",
         )
         if not settings.full:
             model = with_lora(model, rank=settings.rank, first_layer=settings.first_layer, adapter=adapter)
@@ -368,6 +424,7 @@ class GRPO:
                 seed=settings.seed,
                 solved=self.solved if settings.skip_solved else None,
             ),
+            settings=settings,
             model=model,
             args=_config(settings, self.steps, accumulated, rewards.weights, self.checkpoints),
             processing_class=self.tokenizer,
@@ -578,6 +635,11 @@ def _accumulated(settings: GRPOSettings, processes: int) -> int:
     return prompts * settings.group_size // settings.micro_batch
 
 
+def _is_half(settings: GRPOSettings) -> bool:
+    """Whether the loss is computed in bfloat16."""
+    return settings.dtype == "bfloat16" or (settings.dtype is None and torch.cuda.is_available())
+
+
 def _config(
     settings: GRPOSettings, steps: int, accumulated: int, weights: Sequence[float], folder: Path
 ) -> GRPOConfig:
@@ -604,7 +666,7 @@ def _config(
         vllm_mode="colocate",
         vllm_gpu_memory_utilization=settings.vllm_memory,
         gradient_checkpointing=settings.gradient_checkpointing,
-        bf16=on_gpu,
+        bf16=on_gpu and _is_half(settings),
         use_cpu=not on_gpu,
         seed=settings.seed,
         save_steps=settings.save_every,

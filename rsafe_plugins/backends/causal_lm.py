@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from rsafe_plugins.backends.base import Completion, Request, Usage
 from rsafe_plugins.backends.encoding import Encoded, encode
@@ -25,6 +25,7 @@ _SHORTEST_PREFIX = 64  # tokens that must be saved for a prefix to be worth an e
 _RECENT = 16  # earlier chats among which a single request's static part is looked for
 _SHARERS = 4  # where many requests wait, a prefix must serve so many others
 _BATCH_TOKENS = 32768  # of a batch, prefixes and answers included; a longer request goes alone
+_ROOM = 64  # tokens whose keys and values are made room for at once
 _DECODED_WITH = 8  # tokens before the answer: some tokenizers drop the space that a text begins with
 # Many folders name only one of the tokens that end a turn, and not always the one that the template writes.
 _ENDS_OF_TURN = frozenset(
@@ -349,6 +350,47 @@ class CausalLM:
             rows.keep(kept, [generated[index][-1] for index in active])
         return answers
 
+    def sample(
+        self,
+        prompt: Tokens,
+        count: int,
+        choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        *,
+        max_tokens: int,
+        ends: Collection[int],
+    ) -> list[list[int]]:
+        """Continues one prompt several times, and computes the prompt once.
+
+        Args:
+            prompt: At least one token.
+            count: Continuations (>= 1).
+            choose: Takes the tokens so far of those that go on, (rows, tokens), and the logits of their next ones,
+                (rows, vocabulary), and returns these, (rows,).
+            max_tokens: Tokens that a continuation may have.
+            ends: Tokens that end one; they are part of it.
+
+        Returns:
+            The tokens of each.
+        """
+        sampled: list[list[int]] = [[] for _ in range(count)]
+        active = list(range(count))
+        with torch.inference_mode():
+            layers, _ = self._prefix(prompt[:-1])
+            rows = _Batch(self, layers, len(prompt) - 1, [prompt[-1:]] * count)
+            while active:
+                seen = torch.tensor([[*prompt, *sampled[index]] for index in active], device=self._device)
+                following = choose(seen, rows.step(1)[:, -1]).tolist()
+                for index, token in zip(active, following, strict=True):
+                    sampled[index].append(token)
+                kept = [
+                    row
+                    for row, index in enumerate(active)
+                    if sampled[index][-1] not in ends and len(sampled[index]) < max_tokens
+                ]
+                active = [active[row] for row in kept]
+                rows.keep(kept, [sampled[index][-1] for index in active])
+        return sampled
+
     def _finished(self, one: Encoded, generated: Sequence[int], usage: Usage) -> Completion | None:
         """The completion, once an end of turn, a stop string or the budget is reached."""
         request = one.request
@@ -377,7 +419,7 @@ class CausalLM:
             self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         )
 
-    def forward(self, cache: DynamicCache, ids: Any, mask: Any, positions: Any, kept: int) -> Any:
+    def forward(self, cache: Cache, ids: Any, mask: Any, positions: Any, kept: int) -> Any:
         """Logits, shape (rows, kept, vocabulary), after each of the last `kept` tokens."""
         inputs = {"position_ids": positions, "logits_to_keep": kept}
         known = {name: value for name, value in inputs.items() if name in self._accepted}
@@ -406,13 +448,13 @@ class _Batch:
             [[1] * shared + [0] * pad + [1] * (longest - pad) for pad in padding], device=engine.device
         )
         self._positions = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, shared:]
-        # The cache makes a copy, so the prefix itself stays as it is.
-        self._cache = DynamicCache(
-            [
-                (None, None) if keys is None else (_rows(keys, len(rows)), _rows(values, len(rows)))
-                for keys, values in _first(layers, shared)
-            ]
-        )
+        self._cache = Cache(layer_class_to_replicate=_GrowingLayer)
+        for keys, values in _first(layers, shared):
+            layer = _GrowingLayer()
+            if keys is not None:
+                # It makes a copy, so the prefix itself stays as it is.
+                layer.update(_rows(keys, len(rows)), _rows(values, len(rows)))
+            self._cache.layers.append(layer)
 
     @property
     def layers(self) -> Sequence[Any]:
@@ -434,6 +476,38 @@ class _Batch:
         self._ids = torch.tensor(tokens, device=self._engine.device).unsqueeze(1)
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(rows), 1)], dim=1)
         self._positions = self._positions[:, -1:] + 1
+
+
+class _GrowingLayer(DynamicLayer):
+    """Keys and values of a layer, with room for more: copying them for every token takes most of its time on a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._room: Any = (None, None)
+
+    def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._room = (
+            _roomy(self._room[0], self.keys, key_states),
+            _roomy(self._room[1], self.values, value_states),
+        )
+        length = self.get_seq_length() + key_states.shape[-2]
+        self.keys, self.values = (room[..., :length, :] for room in self._room)
+        return self.keys, self.values
+
+
+def _roomy(room: Any, states: Any, new: Any) -> Any:
+    """A tensor that begins with the states and the new ones: where the states lie already, if they fit there."""
+    length = states.shape[-2] if states.numel() else 0
+    longer = length + new.shape[-2]
+    if room is None or room.data_ptr() != states.data_ptr() or room.shape[-2] < longer:
+        # What was computed in one go may be all there is.
+        room = new.new_empty(*new.shape[:-2], longer + (_ROOM if length else 0), new.shape[-1])
+        if length:
+            room[..., :length, :] = states
+    room[..., length:longer, :] = new
+    return room
 
 
 def _rows(states: Any, rows: int) -> Any:

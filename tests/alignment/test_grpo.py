@@ -173,6 +173,74 @@ def test_a_prompt_that_is_computed_once_gives_tokens_and_weights_what_trl_gives_
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
+def test_the_gradient_may_stop_at_the_prompt(stage: Stage) -> None:
+    prompt, completions = torch.randint(3, 200, (12,)), torch.randint(3, 200, (4, 9))
+    scores, gradients = [], []
+    for through in (True, False):
+        trainer = stage(through_prompt=through).trainer
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in trainer.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1)
+        logps, _ = trainer._score_completions(
+            trainer.model, prompt, completions, torch.ones_like(completions)
+        )
+        logps.sum().backward()
+        scores.append(logps.detach())
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+        )
+    torch.testing.assert_close(*scores)
+    assert gradients[1].abs().max() > 0.01
+    assert not torch.allclose(*gradients, rtol=1e-2)
+
+
+def test_the_loss_can_be_computed_in_bfloat16(stage: Stage) -> None:
+    prompt, completions = torch.randint(3, 200, (12,)), torch.randint(3, 200, (4, 9))
+    exact, rounded = (
+        trainer._score_completions(trainer.model, prompt, completions, torch.ones_like(completions))[0]
+        for trainer in (stage(dtype=dtype).trainer for dtype in (None, "bfloat16"))
+    )
+    torch.testing.assert_close(exact, rounded.float(), rtol=0.05, atol=0.05)
+    assert not torch.equal(exact, rounded.float())
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_a_prompt_that_is_computed_once_is_completed_as_trl_does(stage: Stage, penalty: float) -> None:
+    from trl import GRPOTrainer  # type: ignore[attr-defined]
+
+    # Nearly without chance, and longer than what room is made for at once.
+    run = stage(temperature=1e-6, top_p=0.9, repetition_penalty=penalty, max_tokens=150)
+    asked = [run.tokenizer(run.prompt(Policy.load("rsafe-18"), item))["input_ids"] for item in ITEMS[8:11]]
+    prompts = [asked[0]] * 3 + [asked[1]] + [asked[2]] * 2
+    ours, theirs = (
+        trainer._generate_single_turn(run.trainer, prompts, None, {}, 1)[0]
+        for trainer in (type(run.trainer), GRPOTrainer)
+    )
+    assert type(run.trainer)._generate_single_turn is not GRPOTrainer._generate_single_turn
+    assert ours == theirs
+    assert ours[0] == ours[1] == ours[2]
+    assert max(map(len, ours)) > 8
+
+
+@pytest.mark.parametrize("spread", [0.01, 3.0])
+def test_tokens_are_drawn_as_the_settings_say(stage: Stage, spread: float) -> None:
+    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+    trainer = stage(temperature=0.8, top_p=0.9).trainer
+    torch.manual_seed(0)
+    logits = spread * torch.randn(1, 2000)
+    seen = torch.zeros(1, 1, dtype=torch.long)
+    wanted = TopPLogitsWarper(0.9)(seen, TemperatureLogitsWarper(0.8)(seen, logits)).softmax(-1)[0]  # type: ignore[arg-type]
+    draws = 20_000
+    drawn = trainer._drawn(seen.expand(draws, 1), logits.expand(draws, -1))
+    found = torch.bincount(drawn, minlength=2000) / draws
+    assert not found[wanted == 0].any()
+    assert (found - wanted).abs().sum() < 0.3
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0.01)
+
+
 def test_the_papers_recipe_runs_on_a_small_base(speaking_base: Path, template: Path, tmp_path: Path) -> None:
     from rsafe_plugins.alignment.grpo import GRPO
 
