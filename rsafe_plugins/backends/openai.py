@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 KEY_VARIABLES = ("RSAFE_API_KEY", "OPENAI_API_KEY")
 
+_PROBE_SECONDS = 60.0  # for each question by which it is found out what a server can do
 _TRIES = 3  # of one request, or one for each server where there are more
 _FIRST_PAUSE = 0.25  # seconds before a server is asked again, doubled each time
 _LONGEST_PAUSE = 10.0  # seconds that we wait because a server tells us to
@@ -276,10 +277,21 @@ class OpenAIBackend(Backend):
     async def _try(self, server: _Server, skills: Skills) -> Skills:
         """What it turns out to be able to do when it is asked so."""
         request = _PROBE if skills.continues else _PLAIN_PROBE
-        return _proven(skills, await self._ask(server, chat_body(request, skills, skills.top)))
+        asked = self._ask(server, chat_body(request, skills, skills.top))
+        return _proven(skills, await self._soon(server, asked))
+
+    async def _soon(self, server: _Server, asked: Awaitable[T]) -> T:
+        """What all wait for who ask for the first time, so that one answer that hangs mustn't hold them long."""
+        seconds = min(self._timeout, _PROBE_SECONDS)
+        try:
+            async with asyncio.timeout(self._connect_timeout + seconds):
+                return await asked
+        except TimeoutError:
+            raise self._too_slow(server, seconds) from None
 
     async def _only_model(self, server: _Server) -> str:
-        raw = await self._sent(server, lambda: server.client.models.with_raw_response.list())
+        listed = server.client.models.with_raw_response.list
+        raw = await self._soon(server, self._sent(server, lambda: listed()))
         try:
             names = [model.id for model in Models.model_validate_json(raw.content).data]
         except ValidationError:
@@ -443,9 +455,11 @@ class OpenAIBackend(Backend):
             )
         return self._too_slow(server)
 
-    def _too_slow(self, server: _Server) -> BackendTimeout:
+    def _too_slow(self, server: _Server, seconds: float | None = None) -> BackendTimeout:
         # Asking again would only add to what is too much for it already.
-        return BackendTimeout(f"The server at {server.url} didn't answer within {self._timeout:g} s.")
+        return BackendTimeout(
+            f"The server at {server.url} didn't answer within {seconds or self._timeout:g} s."
+        )
 
     def _status_failure(self, server: _Server, error: APIStatusError) -> Exception:
         status = error.status_code

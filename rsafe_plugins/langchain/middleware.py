@@ -641,6 +641,8 @@ def _quiet(request: ModelRequest[Any]) -> Iterator[ModelRequest[Any]]:
         )
     before = dict(vars(model))
     asked = model.model_copy(update={"tags": [*(model.tags or ()), _NO_STREAM]})
+    # Its private attributes are the model's own.
+    object.__setattr__(asked, "__pydantic_private__", model.__pydantic_private__)
     try:
         yield request.override(model=asked)
     finally:

@@ -1200,3 +1200,15 @@ async def test_of_several_answers_none_counts_that_cannot_be_told_from_the_other
     async with running(after_probe(several(*both))) as (_, backend):
         with pytest.raises(BackendError, match="no answer of OpenAI's chat API"):
             await only(backend, ask("Hi"))
+
+
+async def test_a_probe_that_hangs_holds_nobody_as_long_as_an_answer_may_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_PROBE_SECONDS", 0.1)
+    async with running(hang, timeout=600, connect_timeout=0.1) as (server, backend):
+        with pytest.raises(BackendTimeout, match=r"within 0\.1 s"):
+            await backend.prepare()
+        server.release.set()
+        await backend.prepare()
+        assert backend.supports_candidates

@@ -22,6 +22,7 @@ from langchain_core.language_models import BaseChatModel, FakeListChatModel
 from langchain_core.messages import (
     AIMessage,
     AIMessageChunk,
+    BaseMessage,
     HumanMessage,
     SystemMessage,
     ToolCall,
@@ -33,7 +34,7 @@ from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.types import Command
-from pydantic import BaseModel
+from pydantic import BaseModel, PrivateAttr
 from support.canary import CANARY, SAFE, UNSAFE, guard_backend
 from support.faults import FAULTS
 from support.langchain import STREAM_MODES, Model, Runs, call, counting_tool, holds, said
@@ -1090,8 +1091,20 @@ async def test_a_structured_answer_is_judged_as_an_answer_also_where_its_schema_
     assert not holds(CANARY, state)
 
 
-async def test_what_a_model_notes_on_itself_stays() -> None:
-    model = FakeListChatModel(responses=["first", "second"])
+class CountsInPrivate(Model):
+    """Says how often it was asked."""
+
+    _count: int = PrivateAttr(default=0)
+
+    def _next(self, messages: list[BaseMessage]) -> AIMessage:
+        self._count += 1
+        return said(["first", "second"][self._count - 1])
+
+
+@pytest.mark.parametrize(
+    "model", [FakeListChatModel(responses=["first", "second"]), CountsInPrivate(replies=[])]
+)
+async def test_what_a_model_notes_on_itself_stays(model: BaseChatModel) -> None:
     agent = create_agent(model, middleware=[RSafeMiddleware({"backend": ScriptedBackend(SAFE)})])
     answers = [texts(await run(agent))[-1], texts(await agent.ainvoke(QUESTION))[-1]]
     assert answers == ["first", "second"]
