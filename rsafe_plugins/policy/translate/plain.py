@@ -29,8 +29,10 @@ def _form(pattern: str) -> re.Pattern[str]:
 
 _GOOD = _form(
     r"\b(?:allow\w*|permit\w*|permissible|acceptable|accepted|approved|ok(?:ay)?|fine(?!-)|exceptions?|do'?s|"
-    r"in[\s-]scope|supported|harmless|legitimate|whitelist\w*|welcome|encouraged|tolerated|benign|free\s+to|"
-    r"let\s+through|should\s+pass|pass\s+(?:it|the|a|messages?)|answer\s+questions\s+about)\b|"
+    r"in[\s-]scope|free\s+to|let\s+through|should\s+pass|answer\s+questions\s+about)\b|"
+    # What is "supported by terrorists" or "encouraged by extremists" is something else.
+    r"^\W*(?:supported|harmless|legitimate|benign|whitelist\w*|pass\s+(?:it|the\s+message|messages?))\b|"
+    r"^\W*(?:always\s+)?(?:welcome|encouraged|tolerated)\W*$|"
     r"\b(?:may|can)\s*:?\s*$|\bcan\s+(?:help|assist|answer|discuss|talk)\b|"
     r"^(?:what\s+)?(?:the\s+)?(?:users?|bots?|you|we|they|messages?|assistants?|models?)\s+(?:may|can)\b"
     r"(?!\s+(?:try|attempt|lose|get|cause|contain|include|harm)\b)"

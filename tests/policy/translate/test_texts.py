@@ -933,7 +933,15 @@ def test_what_stands_under_a_heading_that_allows_is_not_forbidden(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "heading", ["Not in scope:", "Not tolerated:", "Unsafe topics:", "Not welcome:", "Unsupported claims:"]
+    "heading",
+    [
+        "Not in scope:",
+        "Not tolerated:",
+        "Unsafe topics:",
+        "Not welcome:",
+        "Unsupported claims:",
+        "Encouraged by extremists:",
+    ],
 )
 def test_what_stands_under_the_opposite_is_not_allowed(tmp_path: Path, heading: str) -> None:
     policy = only(of(tmp_path, f"## Prohibited\n- insults\n\n{heading}\n- billing questions\n", "mine.md"))
