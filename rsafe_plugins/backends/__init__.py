@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,23 @@ def backend_from_string(text: str) -> Backend:
         "backend must be 'embedded', 'embedded:ADAPTER', 'llamacpp:PATH', 'llamacpp:PATH#ADAPTER', "
         f"'transformers:MODEL', 'vllm:MODEL' or 'openai:BASE_URL#MODEL', not {text!r}."
     )
+
+
+def with_files(text: str, find: Callable[[str], str]) -> tuple[str, list[str]]:
+    """A backend string with other paths, and the files among them that there must be.
+
+    Args:
+        text: As `backend_from_string` takes it.
+        find: The path of what it names.
+    """
+    engine, _, rest = text.partition(":")
+    if engine == "transformers" and rest:
+        return f"{engine}:{find(rest)}", []  # a file, a folder, or a name
+    if engine not in ("embedded", "llamacpp") or not rest:
+        return text, []
+    named = [rest] if engine == "embedded" else [part for part in model_and_adapter(rest) if part]
+    files = [find(part) for part in named]
+    return f"{engine}:{'#'.join(files)}", files
 
 
 def model_and_adapter(text: str) -> tuple[str, str | None]:

@@ -290,8 +290,7 @@ class OpenAIBackend(Backend):
             raise self._too_slow(server, seconds) from None
 
     async def _only_model(self, server: _Server) -> str:
-        listed = server.client.models.with_raw_response.list
-        raw = await self._soon(server, self._sent(server, lambda: listed()))
+        raw = await self._soon(server, self._sent(server, server.client.models.with_raw_response.list))
         try:
             names = [model.id for model in Models.model_validate_json(raw.content).data]
         except ValidationError:

@@ -63,21 +63,24 @@ def _json_lines(path: Path, text: io.TextIOBase) -> Iterator[tuple[str, Row]]:
 
 def _json(path: Path, text: io.TextIOWrapper) -> Iterator[tuple[str, Row]]:
     whole = text.read()
-    begun = whole.lstrip()
-    if begun.startswith("{") and "\n" in begun.rstrip():
-        try:
-            json.loads(whole)
-        except ValueError:
-            yield from _json_lines(path, io.StringIO(whole))  # so named, but an object a line
-            return
-        except RecursionError:
-            pass
+    first, _, others = whole.strip().partition("\n")
+    if others and _is_json(first):
+        yield from _json_lines(path, io.StringIO(whole))  # so named, but an object a line
+        return
     listed = _parsed(whole, str(path))
     if not isinstance(listed, list):
         raise DataError(f"{path}: expected a list of JSON objects, not {type(listed).__name__}.")
     for number, row in enumerate(listed, 1):
         place = f"row {number}"
         yield place, _object(row, f"{path}, {place}")
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _parsed(text: str, where: str) -> Any:

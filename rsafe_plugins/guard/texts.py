@@ -96,10 +96,8 @@ def _block(block: Mapping[Any, Any]) -> Iterator[str | UnreadableContent]:
                 readable[str(key)] = _readable(value, kind, block, key)
             except UnreadableContent as error:
                 yield error
-        elif isinstance(value, Mapping | list | tuple):
-            yield from _said_of_media(value)
-        elif key in _SAID_OF_MEDIA and isinstance(value, str):
-            yield value
+        elif closed is not None:
+            yield from _said_of_media({key: value})
     if readable:
         yield json.dumps(readable, ensure_ascii=False, default=str)
 

@@ -161,7 +161,10 @@ class RailActions:
             if not may_show:
                 _take_out(thoughts)
         result = _stopping(outcome, "output", config)
-        return _without_own_output(result, context) if outcome.is_blocked else result
+        if not outcome.is_blocked:
+            return result
+        _take_out_metadata()
+        return _without_own_output(result, context)
 
     async def _check_output(
         self,
@@ -462,12 +465,11 @@ def _take_out_metadata() -> None:
 def _without_own_output(
     result: RailOutcome | ActionResult, context: Mapping[str, Any] | None
 ) -> RailOutcome | ActionResult:
-    """A block that also takes out what NeMo holds of a model's or a chain's output beside the answer.
+    """A block that also takes out what NeMo holds of a chain's output beside the answer.
 
     `RunnableRails` puts the refusal into a chain's output where that is a text or a mapping, and leaves the rest of it,
     and any other output, as it came.
     """
-    _take_out_metadata()
     output = (context or {}).get("passthrough_output")
     if output is None or isinstance(output, str):
         return result

@@ -9,7 +9,7 @@ from typing import Any
 from nemoguardrails import LLMRails, RailsConfig
 from nemoguardrails.rails.llm.config import Model
 
-from rsafe_plugins.backends import Backend, OpenAIBackend, model_and_adapter, shared_backend
+from rsafe_plugins.backends import Backend, OpenAIBackend, shared_backend, with_files
 from rsafe_plugins.errors import SettingsError
 from rsafe_plugins.guard import Guard, GuardSettings
 from rsafe_plugins.nemo.actions import RailActions
@@ -188,18 +188,12 @@ def _engine_beside(folder: str | None, text: str, where: str) -> str:
     Raises:
         SettingsError: A GGUF file that it names isn't there.
     """
-    engine, _, rest = text.partition(":")
-    if engine == "transformers":
-        return f"{engine}:{_beside(folder, rest)}"
-    if engine not in ("embedded", "llamacpp") or not rest:
-        return text
-    parts = [rest] if engine == "embedded" else [str(part) for part in model_and_adapter(rest) if part]
-    found = [str(_beside(folder, part)) for part in parts]
-    if missing := [part for part in found if not Path(part).expanduser().is_file()]:
+    found, files = with_files(text, lambda name: str(_beside(folder, name)))
+    if missing := [file for file in files if not Path(file).expanduser().is_file()]:
         raise SettingsError(
             f"{where} names the file {missing[0]}, which is neither beside the config nor in the working directory."
         )
-    return f"{engine}:{'#'.join(found)}"
+    return found
 
 
 def register(app: LLMRails) -> None:

@@ -874,78 +874,52 @@ def test_what_tells_the_judge_to_follow_the_rules_is_no_rule(tmp_path: Path, lin
     assert translation.unplaced == []
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "Questions about billing should be allowed",
-        "Questions about billing are always allowed",
-        "It is appropriate to ask about billing",
-    ],
-)
-def test_what_a_line_allows_is_an_exception(tmp_path: Path, line: str) -> None:
-    policy = only(of(tmp_path, f"- No insults\n- {line}\n", "mine.md"))
-    assert [one.name for one in policy.categories] == ["Insults"]
-    assert "billing" in str(policy.categories[0].allows)
+HEADINGS = """In scope: | Supported topics: | Safe topics: | Harmless requests: | Legitimate requests: | Whitelisted: |
+Welcome: | Encouraged: | Tolerated: | Users are free to: | Answer questions about: | Examples of safe messages: |
+## Benign | ## Let through | The following should pass: | Pass the message if it is about:"""
+OPPOSITES = """Not in scope: | Not tolerated: | Unsafe topics: | Not welcome: | Unsupported claims: |
+Encouraged by extremists:"""
+PERMISSIONS = """Questions about billing should be allowed | Questions about billing are always allowed |
+It is appropriate to ask about billing"""
+PRAISE = """The bot helps with questions about billing | Is factually consistent with the context |
+Complies with the law | Contains no slurs | Is free of slurs | Questions about billing are not a violation"""
+
+
+def each(text: str) -> list[str]:
+    return [part.strip() for part in text.split("|")]
+
+
+def after_a_rule(folder: Path, more: str) -> tuple[Translation, list[str], str]:
+    """What a list of one rule and this becomes: its categories' names, and what they allow."""
+    translation = of(folder, f"## Prohibited\n- insults\n\n{more}\n", "mine.md")
+    categories = only(translation).categories
+    return translation, [one.name for one in categories], " ".join(str(one.allows) for one in categories)
 
 
 @pytest.mark.parametrize(
-    "line",
+    "more",
     [
-        "The bot helps with questions about billing",
-        "Is factually consistent with the context",
-        "Complies with the law",
-        "Contains no slurs",
-        "Is free of slurs",
-        "Questions about billing are not a violation",
+        *(f"## Rules\n- {line}" for line in each(PERMISSIONS)),
+        *(f"{heading}\n- questions about billing" for heading in each(HEADINGS)),
     ],
 )
-def test_what_is_good_is_not_forbidden(tmp_path: Path, line: str) -> None:
-    translation = of(tmp_path, f"- No insults\n- {line}\n", "mine.md")
-    assert [one.name for one in only(translation).categories] == ["Insults"]
-    assert [entry.piece.text for entry in translation.unplaced] == [f"- {line}"]
+def test_what_is_allowed_is_an_exception(tmp_path: Path, more: str) -> None:
+    _, names, allowed = after_a_rule(tmp_path, more)
+    assert names == ["Insults"]
+    assert "billing" in allowed
 
 
-@pytest.mark.parametrize(
-    "heading",
-    [
-        "In scope:",
-        "Supported topics:",
-        "Safe topics:",
-        "Harmless requests:",
-        "Legitimate requests:",
-        "Whitelisted:",
-        "Welcome:",
-        "Encouraged:",
-        "Tolerated:",
-        "Users are free to:",
-        "Answer questions about:",
-        "Examples of safe messages:",
-        "## Benign",
-        "## Let through",
-        "The following should pass:",
-        "Pass the message if it is about:",
-    ],
-)
-def test_what_stands_under_a_heading_that_allows_is_not_forbidden(tmp_path: Path, heading: str) -> None:
-    policy = only(of(tmp_path, f"## Prohibited\n- insults\n\n{heading}\n- billing questions\n", "mine.md"))
-    assert [one.name for one in policy.categories] == ["Insults"]
-    assert "billing questions" in str(policy.categories[0].allows)
-
-
-@pytest.mark.parametrize(
-    "heading",
-    [
-        "Not in scope:",
-        "Not tolerated:",
-        "Unsafe topics:",
-        "Not welcome:",
-        "Unsupported claims:",
-        "Encouraged by extremists:",
-    ],
-)
+@pytest.mark.parametrize("heading", each(OPPOSITES))
 def test_what_stands_under_the_opposite_is_not_allowed(tmp_path: Path, heading: str) -> None:
-    policy = only(of(tmp_path, f"## Prohibited\n- insults\n\n{heading}\n- billing questions\n", "mine.md"))
-    assert not any(one.allows for one in policy.categories)
+    _, _, allowed = after_a_rule(tmp_path, f"{heading}\n- questions about billing")
+    assert "billing" not in allowed
+
+
+@pytest.mark.parametrize("line", each(PRAISE))
+def test_what_is_good_is_not_forbidden(tmp_path: Path, line: str) -> None:
+    translation, names, _ = after_a_rule(tmp_path, f"## Rules\n- {line}")
+    assert names == ["Insults"]
+    assert [entry.piece.text for entry in translation.unplaced] == [f"- {line}"]
 
 
 def test_a_line_above_bullets_says_on_which_side_they_are(tmp_path: Path) -> None:
