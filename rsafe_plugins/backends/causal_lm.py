@@ -311,7 +311,7 @@ class CausalLM:
                 answers.append(_no_number())
                 continue
             # Rounding can lift a certainty above it.
-            scores = {name: min(0.0, score) for name, score in scores.items()}
+            scores = {name: min(score, 0.0) for name, score in scores.items()}
             answers.append(
                 Completion(finish_reason="candidates", logprobs=MappingProxyType(scores), usage=usages[index])
             )

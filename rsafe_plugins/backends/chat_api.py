@@ -244,7 +244,7 @@ def likeliest(answer: Answer) -> list[dict[bytes, float]]:
         pieces: dict[bytes, float] = {}
         for token in position.top_logprobs:
             piece = _raw(token)
-            pieces[piece] = min(0.0, log_sum([token.logprob, pieces.get(piece, -math.inf)]))
+            pieces[piece] = min(log_sum([token.logprob, pieces.get(piece, -math.inf)]), 0.0)
         places.append(pieces)
     return places
 

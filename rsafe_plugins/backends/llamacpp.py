@@ -284,7 +284,8 @@ async def _next_tokens(server: LlamaServer, tokens: Tokens) -> tuple[Mapping[int
     )
     try:
         top = answer["completion_probabilities"][0]["top_logprobs"]
-        following = {int(entry["id"]): min(0.0, float(entry["logprob"])) for entry in top}
+        # In this order what is no number stays none, and doesn't become certain.
+        following = {int(entry["id"]): min(float(entry["logprob"]), 0.0) for entry in top}
         usage = Usage(len(tokens), answer["timings"]["cache_n"], 0)
         left = 1.0 - math.fsum(map(math.exp, following.values()))
         # The engine computes in single precision: what it leaves over is known to about a millionth.

@@ -303,7 +303,7 @@ class _Running:
             if (found := known.get(path)) is None:
                 more = await self._ask(encoded.tokens + path, max_tokens=1, logprob_token_ids=sorted(steps))
                 (found,) = more.outputs[0].logprobs
-            return {step: min(0.0, found[step].logprob) for step in steps}, 0.0
+            return {step: min(found[step].logprob, 0.0) for step in steps}, 0.0
 
         def may_follow(path: Tokens) -> bool:
             if is_exact or path in known:

@@ -75,9 +75,16 @@ class Content:
 
     @classmethod
     def tool_call(cls, name: str, arguments: str | Mapping[str, Any]) -> Content:
-        """What an agent is about to do: the tool's name and its arguments, as text or as a mapping."""
+        """What an agent is about to do: the tool's name and its arguments, as text or as a mapping.
+
+        Raises:
+            ValueError: The arguments are nested too deeply to be written down.
+        """
         if not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False, default=str)
+            try:
+                arguments = _written(arguments)
+            except RecursionError:
+                raise ValueError("A tool's arguments must not be nested hundreds of levels deep.") from None
         return cls("tool_call", arguments, name)
 
     @classmethod
@@ -89,6 +96,13 @@ class Content:
     def size(self) -> int:
         """Characters of the text and of all that surrounds it."""
         return len(self.text) + len(self.context) + sum(len(turn.text) for turn in self.history)
+
+
+def _written(arguments: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(arguments, ensure_ascii=False, default=str)
+    except (TypeError, ValueError):  # keys that JSON doesn't have, or a value that holds itself
+        return repr(arguments)
 
 
 def _plain(value: Any) -> str:

@@ -29,6 +29,7 @@ from rsafe_plugins.guard.dialects import dialect_of, guessed
 from rsafe_plugins.guard.fitted import OperatingPoint, operating_point, read
 from rsafe_plugins.guard.flights import Flights
 from rsafe_plugins.guard.joiner import Joiner
+from rsafe_plugins.guard.neutralize import without_tags
 from rsafe_plugins.guard.parts import MOST_CHARACTERS, MOST_PARTS, Span, halves
 from rsafe_plugins.guard.settings import GuardSettings, OnError, Reasoning
 from rsafe_plugins.guard.verdict import Label, Verdict, named_categories
@@ -54,6 +55,7 @@ _SHORT = 200
 _COMPARED: tuple[ContentKind, ...] = ("prompt", "response")
 # A category that is met is named beside the one that fits best if it is at least that likely to be the one of the two.
 _LEAST_FIT = 0.25
+_NOT_COMPARED = "What was found unsafe couldn't be compared with what the policy leaves out in time."
 # Of a policy of more categories the model writes what it found.
 _MOST_ASKED = 40
 
@@ -76,6 +78,9 @@ class _Check:
     error: RSafeError | None = None
     usage: Usage = field(default_factory=Usage)
     part: Span | None = None
+    parts: list[_Check] = field(
+        default_factory=list
+    )  # what it is judged by: its text's parts, or its categories
     unconfirmed: bool = False
     settled: bool = False  # its verdict won't change any more
 
@@ -86,7 +91,14 @@ class _Check:
 
     def forget(self) -> None:
         """Drops what was judged, so that a verdict that is kept doesn't keep it."""
-        self.content, self.messages = _FORGOTTEN, ()
+        self.content, self.messages, self.parts = _FORGOTTEN, (), []
+
+    def take_what_is_unsafe(self) -> None:
+        """The verdict of the worst of its parts that are unsafe, whatever the others would have come to."""
+        for part in self.parts:
+            part.take_what_is_unsafe()
+        if self.label is None and (unsafe := [part for part in self.parts if part.label == "unsafe"]):
+            self.take_worst(unsafe)
 
     def take_worst(self, parts: Sequence[_Check]) -> None:
         """The verdict of the unsafe part with the highest probability; without one, of a part that failed."""
@@ -207,6 +219,10 @@ class Guard:
         )
         self._joiner = Joiner(self._complete, max(1, self.backend.concurrency))
         _ = self.operating_point  # a file that can't be read is said now, not at the first check
+        if not self.dialect.labels and (settings.threshold is not None or settings.band is not None):
+            raise SettingsError(
+                f"A guard of the dialect {self.dialect.name} gives no probabilities: leave threshold and band out."
+            )
         if settings.category_threshold and settings.reasoning == "always":
             raise SettingsError(
                 "A guard that always thinks isn't asked category by category after its verdict: leave "
@@ -335,7 +351,10 @@ class Guard:
                 await self._decide_in_parts([c for c in checks if isinstance(c.error, InputTooLong)])
         except TimeoutError:
             for check in checks:
+                check.take_what_is_unsafe()
                 self._time_out(check, seconds)
+            if any(check.unconfirmed for check in checks):
+                log.warning(_NOT_COMPARED)
         for check in checks:
             check.settled = True
         await self._name_what_is_unsafe(checks, until)
@@ -395,6 +414,7 @@ class Guard:
             for check in too_long:
                 turns = check.content.history
                 check.content = replace(check.content, history=turns[(len(turns) + 1) // 2 :])
+                check.thought, check.conclusion, check.named = None, "", ()
                 if check.content.size <= MOST_CHARACTERS:
                     check.messages, check.error = self._messages(check.policy, check.content), None
             await self._decide(too_long)
@@ -422,6 +442,8 @@ class Guard:
         done: dict[int, list[_Check]] = {id(check): [] for check, _ in waiting}
         while waiting:
             parts = [await self._part(check, span) for check, span in waiting]
+            for (check, _), part in zip(waiting, parts, strict=True):
+                check.parts.append(part)
             await self._decide(parts)
             following: list[tuple[_Check, Span]] = []
             for (check, span), part in zip(waiting, parts, strict=True):
@@ -436,6 +458,7 @@ class Guard:
                         f"The content makes more than {MOST_PARTS} parts of the engine's context: check it in "
                         "pieces, or use an engine with a larger one."
                     )
+                    check.take_what_is_unsafe()
                     del done[id(check)]
             waiting = [(check, span) for check, span in following if id(check) in done]
         for check in checks:
@@ -460,8 +483,8 @@ class Guard:
                     f"{MOST_CHARACTERS}: check it in pieces."
                 ),
             )
-        if content.size > _LARGE:
-            await asyncio.sleep(0)  # a list of large ones lets the checks of others go on in between
+        if content.size > _LARGE:  # the checks of others go on meanwhile
+            return _Check(content, policy, await asyncio.to_thread(self._messages, policy, content))
         return _Check(content, policy, self._messages(policy, content))
 
     def _messages(self, policy: Policy, content: Content, *, thinking: bool = False) -> tuple[Message, ...]:
@@ -484,18 +507,19 @@ class Guard:
         if not self.dialect.one_category:
             await self._decide_whole(checks)
             return
-        asked = {
-            id(check): [await self._of_category(check.content, c) for c in _categories(check)]
-            for check in checks
-        }
-        await self._decide_whole([one for ones in asked.values() for one in ones])
         for check in checks:
-            if ones := asked[id(check)]:
+            check.parts = [await self._of_category(check.content, c) for c in _categories(check)]
+        await self._decide_whole([one for check in checks for one in check.parts])
+        for check in checks:
+            if ones := check.parts:
                 check.take_worst(ones)
                 check.named = tuple(one.policy.categories[0].id for one in ones if one.label == "unsafe")
+                check.parts = []
 
     async def _of_category(self, content: Content, category: Category) -> _Check:
-        return await self._begin(content, self.policy.model_copy(update={"categories": (category,)}))
+        one = await self._begin(content, self.policy.model_copy(update={"categories": (category,)}))
+        one.named = (category.id,)
+        return one
 
     async def _decide_whole(self, checks: Sequence[_Check]) -> None:
         for some in self._rounds(checks):
@@ -519,9 +543,7 @@ class Guard:
         uncertain = checks
         if self.settings.reasoning != "always":
             await self._score(checks)
-            uncertain = []
-            if self.settings.reasoning == "adaptive" and self.dialect.thought is not None:
-                uncertain = [check for check in checks if self._is_uncertain(check)]
+            uncertain = [check for check in checks if self._is_uncertain(check)]
         if uncertain:
             await self._think(uncertain)
         bare = [check for check in checks if check.label == "unsafe" and check.thought is None]
@@ -533,6 +555,9 @@ class Guard:
         await self._write_names([check for check in final if self._naming(check) == "written"])
 
     def _is_uncertain(self, check: _Check) -> bool:
+        """Whether its score is one that adaptive reasoning thinks about."""
+        if self.settings.reasoning != "adaptive" or self.dialect.thought is None:
+            return False
         low, high = self.operating_point.band
         return check.score is not None and low < high and low <= check.score <= high
 
@@ -555,7 +580,7 @@ class Guard:
         def request(check: _Check) -> Request:
             begin = self.dialect.begin
             if thought and (form := self.dialect.thought):
-                begin = f"{form.open}{check.thought}{form.close}{form.then}"
+                begin = f"{form.open}{without_tags(check.thought or '')}{form.close}{form.then}"
             return self._request(
                 check, prefill=begin, candidates=tuple(labels), exact=exact, thinking=thought
             )
@@ -571,10 +596,14 @@ class Guard:
                     f"Expected the model to answer {_named(labels)}; it gave them together a probability of {mass:.2g}."
                 )
             check.score = probability["unsafe"] / mass
-            check.label = "unsafe" if check.score >= threshold else "safe"
+            likelier: Label = "unsafe" if check.score >= threshold else "safe"
+            # What is to be thought about is no verdict yet, also if time runs out before that.
+            check.label = likelier if thought or not self._is_uncertain(check) else None
+            bare_unsafe = check.label == "unsafe" and not thought
+            check.unconfirmed = bare_unsafe and bool(self.compared_with(check.content.kind))
             # What only seems as likely as that decides nothing, and never that something is safe.
             seeming = {labels[spelling] for spelling in completion.bounded}
-            if "safe" in seeming or check.label in seeming:
+            if "safe" in seeming or likelier in seeming:
                 vague.append(check)
 
         await self._ask(checks, request, read)
@@ -619,7 +648,6 @@ class Guard:
         """
         asked: list[tuple[_Check, list[_Check], list[_Check]]] = []
         for check in checks:
-            check.unconfirmed = True
             own = await self._questions(check.content, _categories(check))
             others = await self._questions(check.content, self.compared_with(check.content.kind))
             asked.append((check, own, others))
@@ -629,7 +657,7 @@ class Guard:
                     [one for _, own, others in asked for one in (*own, *others)]
                 )
         except TimeoutError:
-            log.warning("What was found unsafe couldn't be compared with what the policy leaves out in time.")
+            log.warning(_NOT_COMPARED)
             return
         least = self.operating_point.category_threshold
         for check, own, others in asked:
@@ -723,10 +751,10 @@ class Guard:
 
         def read(check: _Check, completion: Completion) -> None:
             answer = self.dialect.parse(completion.text, thinking=True if mode == "always" else None)
-            if answer.reasoning is None and completion.finish_reason == "length":
-                raise VerdictError(
-                    "Expected an answer that ends; it ran into its token budget without a thought."
-                )
+            # Where nothing says that an answer is complete, what follows could be a part of the thought.
+            whole = answer.reasoning is not None and self.dialect.enough is not None
+            if completion.finish_reason == "length" and not whole:
+                raise VerdictError("Expected an answer that ends; it ran into its token budget.")
             check.label, check.thought, check.conclusion = answer.label, answer.reasoning, answer.conclusion
 
         def generated(check: _Check, tokens: int, *, thinking: bool = False) -> Request:

@@ -81,27 +81,43 @@ def _loosely(text: str) -> str:
 
 # A line's end, then a role's title, whatever signs or numbers stand before and after it, up to the colon or bracket
 # that follows.
-_ROLE_AT_LINE_START = re.compile(
+_ROLE = (
     rf"[{_LINE_END}](?:(?:[^\w{_LINE_END}]|_)*+(?:\d++[.)\]](?:[^\w{_LINE_END}]|_)*+)?(?:{_ROLES})"
-    rf"(?:[^\w{_LINE_END}(（:：]|_)*+)(?=[:：(（])",
-    re.IGNORECASE,
+    rf"(?:[^\w{_LINE_END}(（:：]|_)*+)"
 )
+_ROLE_AT_LINE_START = re.compile(rf"{_ROLE}(?=[:：(（])", re.IGNORECASE)
+_ROLE_IN_ITS_LINE = re.compile(rf"{_ROLE}(?=[:：(（{_LINE_END}]|\Z)", re.IGNORECASE)
 
 
-def neutralize(text: str, delimiters: Iterable[str] = ()) -> str:
+def neutralize(text: str, delimiters: Iterable[str] = (), *, headings: bool = False) -> str:
     """Marks everything in `text` that could be read as structure.
 
     Args:
         text: Text under judgement, any string whatever.
         delimiters: Further strings that structure the prompt in use, taken literally (case aside).
+        headings: Whether a role that has a line to itself begins a turn in that prompt, too.
 
     Returns:
         Text that holds none of the structures; `restore` undoes it exactly.
     """
     text = text.replace(MARK, MARK + MARK)
-    text = _UNTYPEABLE.sub(lambda found: f"{MARK}{{{ord(found.group()):x}}}", text)
+    text = _UNTYPEABLE.sub(_number, text)
     text = _structure(tuple(delimiters)).sub(_marked, text)
-    return _ROLE_AT_LINE_START.sub(_marked, f"\n{text}")[1:]
+    return (_ROLE_IN_ITS_LINE if headings else _ROLE_AT_LINE_START).sub(_marked, f"\n{text}")[1:]
+
+
+def without_tags(text: str) -> str:
+    """Marks what opens or closes something, and leaves all else: for what a model wrote and is to go on from."""
+    return _structure(()).sub(_marked, text)
+
+
+def _number(found: re.Match[str]) -> str:
+    return _numbered(found.group())
+
+
+@lru_cache(maxsize=1024)
+def _numbered(character: str) -> str:
+    return f"{MARK}{{{ord(character):x}}}"
 
 
 def _marked(found: re.Match[str]) -> str:

@@ -10,8 +10,11 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +52,15 @@ def _compiled(text: str) -> tuple[Template, bool]:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=False, undefined=StrictUndefined
     )
     return environment.from_string(text), "turns" in find_undeclared_variables(environment.parse(text))
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What a template makes of a policy: the text before and after the conversation, and what content can't write."""
+
+    before: str
+    after: str
+    delimiters: tuple[str, ...]
 
 
 class GuardPrompt:
@@ -96,19 +108,29 @@ class GuardPrompt:
             TemplateError: The template fails on this policy or kind, or doesn't hold the conversation once.
         """
         static = 0
+        frame = self._frame(policy, content.kind, thinking)
+        said = turns(content, frame.delimiters, headings=self._takes_turns)
         if self._takes_turns:
-            text = self._render(policy, content.kind, thinking, turns=turns(content, self.delimiters))
+            text = self._render(policy, content.kind, thinking, turns=said)
         else:
-            before, after = self._frame(policy, content.kind, thinking)
-            text = before + "\n".join(map(line, turns(content, self.delimiters))) + after
-            static = len(before)
+            text = frame.before + "\n".join(map(line, said)) + frame.after
+            static = len(frame.before)
         return (Message("user", text, static),)
 
     def _safe(self, text: str) -> str:
         return neutralize(text, self.delimiters)
 
-    def _render_frame(self, policy: Policy, kind: ContentKind, thinking: Thinking) -> tuple[str, str]:
-        """What stands before and after the conversation."""
+    def _render_frame(self, policy: Policy, kind: ContentKind, thinking: Thinking) -> _Frame:
+        """What stands around the conversation, with the tags that only show when the template is filled in."""
+        if self._takes_turns:
+            # Turns of everybody, so that whatever the template puts around one stands there.
+            places = [{"title": title, "name": "", "text": _PLACE} for title in TITLES.values()]
+            text = self._render(policy, kind, thinking, turns=places)
+            heads = (row.partition(_PLACE)[0].strip() for row in text.splitlines())
+            headings = [head for head in heads if any(title in head for title in TITLES.values())]
+            # A title alone, or with a colon, is known as such at the beginning of a line.
+            own = [head for head in headings if head.rstrip(" :") not in TITLES.values()]
+            return _Frame("", "", self._with(_DELIMITER.findall(text), own))
         text = self._render(policy, kind, thinking, conversation=_PLACE)
         parts = text.split(_PLACE)
         if len(parts) != 2:
@@ -116,7 +138,10 @@ class GuardPrompt:
                 f"{self.source} must hold {{{{ conversation }}}} exactly once; for a {kind} it stands there "
                 f"{len(parts) - 1} times."
             )
-        return parts[0], parts[1]
+        return _Frame(parts[0], parts[1], self._with(_DELIMITER.findall(text)))
+
+    def _with(self, *more: Iterable[str]) -> tuple[str, ...]:
+        return tuple(sorted({*self.delimiters, *chain(*more)}))
 
     def _render(self, policy: Policy, kind: ContentKind, thinking: Thinking, **conversation: Any) -> str:
         categories = [self._safe_category(category) for category in policy.for_kind(kind).categories]
@@ -156,13 +181,15 @@ class GuardPrompt:
         return self._safe(text).replace('"', "'")
 
 
-def turns(content: Content, delimiters: tuple[str, ...] = ()) -> list[dict[str, str]]:
+def turns(
+    content: Content, delimiters: tuple[str, ...] = (), *, headings: bool = False
+) -> list[dict[str, str]]:
     """The conversation, what is judged last: `title`, `name` (of a tool) and `text` of each turn, neutralized."""
 
     def turn(title: str, text: str, name: str = "") -> dict[str, str]:
         # A name stays in its line.
-        named = " ".join(neutralize(name, delimiters).split())
-        return {"title": title, "name": named, "text": neutralize(text, delimiters)}
+        named = " ".join(neutralize(name, delimiters, headings=headings).split())
+        return {"title": title, "name": named, "text": neutralize(text, delimiters, headings=headings)}
 
     said = [turn(_SPEAKERS[one.speaker], one.text) for one in content.history]
     is_tool = content.kind in ("tool_call", "tool_result")

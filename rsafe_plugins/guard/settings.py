@@ -139,8 +139,12 @@ class GuardSettings(BaseSettings):
             return cls(**{name: value for name, value in given.items() if value is not None})
         except ValidationError as error:
             raise SettingsError(_sentence(error, source)) from error
-        except (yaml.YAMLError, UnicodeDecodeError, OSError, AttributeError, TypeError, ValueError) as error:
+        except (yaml.YAMLError, OSError, ValueError) as error:
             raise SettingsError(f"{_FILE} can't be read as a mapping of settings: {error}") from error
+        except (AttributeError, TypeError, RecursionError) as error:
+            raise SettingsError(
+                f"{_FILE} can't be read as a mapping of settings, such as 'policy: rsafe-18'."
+            ) from error
 
 
 @cache  # once for the same variables

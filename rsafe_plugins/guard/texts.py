@@ -54,11 +54,14 @@ def text_of(content: Any) -> Text:
     """
     texts: list[str] = []
     unreadable = None
-    for found in _texts(content):
-        if isinstance(found, str):
-            texts.append(found)
-        else:
-            unreadable = unreadable or found
+    try:
+        for found in _texts(content):
+            if isinstance(found, str):
+                texts.append(found)
+            else:
+                unreadable = unreadable or found
+    except RecursionError:
+        unreadable = UnreadableContent("nested")
     return Text("\n".join(filter(None, texts)), unreadable)
 
 

@@ -15,7 +15,7 @@ import pytest
 from rsafe_plugins.backends import backend_from_string
 from rsafe_plugins.backends.base import Completion, Message, Request
 from rsafe_plugins.backends.llama_server import available_cores, cpu_quota
-from rsafe_plugins.backends.llamacpp import LlamaCppBackend, _tokenize
+from rsafe_plugins.backends.llamacpp import LlamaCppBackend, _next_tokens, _tokenize
 from rsafe_plugins.backends.weights import embedded_weights
 from rsafe_plugins.errors import BackendError, BackendUnavailable, InputTooLong, SettingsError
 
@@ -219,7 +219,7 @@ async def test_many_requests_of_many_callers_come_back_in_order(backend: LlamaCp
 
 
 async def test_cancelled_requests_are_dropped_and_leave_later_ones_alone(backend: LlamaCppBackend) -> None:
-    short = ask("Say hello.", max_tokens=4)
+    short = ask("Say hello.", max_tokens=1)
     before = await only(backend, short)
     task = asyncio.create_task(backend.complete([ask("Tell me a long story.", max_tokens=3000)] * 200))
     await under_way(backend)
@@ -465,3 +465,13 @@ def test_a_containers_cpu_limit_is_kept(tmp_path: Path) -> None:
     (tmp_path / "outer" / "inner" / "cpu.max").write_text("max 100000\n")
     (tmp_path / "outer" / "cpu.max").write_text("150000 100000\n")
     assert cpu_quota(tmp_path, tmp_path / "own") == 2
+
+
+async def test_what_is_no_number_does_not_become_certain() -> None:
+    class Server:
+        async def ask(self, path: str, body: object) -> dict[str, object]:
+            top = [{"id": 1, "logprob": math.nan}, {"id": 2, "logprob": -9.0}]
+            return {"completion_probabilities": [{"top_logprobs": top}], "timings": {"cache_n": 0}}
+
+    following, _, _ = await _next_tokens(Server(), (1, 2, 3))  # type: ignore[arg-type]
+    assert math.isnan(following[1])

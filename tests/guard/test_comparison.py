@@ -299,6 +299,31 @@ def test_what_stayed_unsafe_for_a_failure_is_not_kept(
     assert len(backend.requests) == count
 
 
+def test_what_was_never_compared_since_time_ran_out_before_is_not_kept(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Thinking(ScriptedBackend):
+        hangs = True
+
+        async def complete(self, requests: Sequence[Request]) -> Completions:
+            if self.hangs and requests[0].prefill == "<think>":
+                await asyncio.Event().wait()
+            return await super().complete(requests)
+
+    def candidates(request: Request) -> dict[str, float]:
+        if not is_second(request) and "unsure" in request.messages[-1].content:
+            return {"safe": 0.5, "unsafe": 0.5}
+        return probabilities()(request)
+
+    backend = Thinking("a thought", candidates=candidates)
+    asked = guard(backend, cache=3600, timeout=0.2, reasoning="adaptive", band=(0.4, 0.6))
+    off_policy, unsure = asked.check_many(["off policy", "unsure"])
+    assert (off_policy.label, unsure.error) == ("unsafe", "The guard model gave no verdict within 0.4 s.")
+    assert "couldn't be compared with what the policy leaves out" in caplog.text
+    backend.hangs = False
+    assert asked.check("off policy").label == "safe"
+
+
 def test_what_stayed_unsafe_for_a_failure_is_judged_again_by_the_next_run(tmp_path: Path) -> None:
     backend, store = Faulty(down), tmp_path / "verdicts.jsonl"
     items = [LabelledItem(id="1", task="prompt", prompt="x", label="safe")]

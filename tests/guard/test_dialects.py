@@ -2,14 +2,14 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from rsafe_plugins import Category, Content, Guard, Policy, PolicyError, SettingsError, VerdictError
-from rsafe_plugins.backends import Request
-from rsafe_plugins.errors import InputTooLong
+from rsafe_plugins.backends import Completion, Request
+from rsafe_plugins.errors import BackendError, InputTooLong
 from rsafe_plugins.guard.dialects import DIALECTS, Dialect, dialect_of
 from rsafe_plugins.guard.neutralize import neutralize
 from rsafe_plugins.testing import ScriptedBackend
@@ -312,6 +312,24 @@ def test_gpt_oss_safeguard_answers_in_json_and_names_the_users_categories() -> N
         verdict = Guard(RULES, dialect="gpt-oss-safeguard", backend=backend, reasoning=reasoning).check("x")
         assert (verdict.label, verdict.categories, verdict.unknown_categories) == ("unsafe", ("B",), ("Z",))
     assert backend.requests[-1].messages[0].role == "system"
+
+
+def test_an_answer_in_json_that_was_cut_off_in_its_thought_is_no_verdict() -> None:
+    class CutOff(ScriptedBackend):
+        async def complete(self, requests: Sequence[Request]) -> list[Completion | BackendError]:
+            text = 'analysisThe user wrote: assistantfinal{"violation": 0}'
+            return [Completion(text=text, finish_reason="length") for _ in requests]
+
+    for reasoning in ("never", "always", "adaptive"):
+        verdict = Guard(RULES, dialect="gpt-oss-safeguard", backend=CutOff(), reasoning=reasoning).check("x")
+        assert (verdict.label, verdict.blocked) == (None, True)
+        assert "ran into its token budget" in (verdict.error or "")
+
+
+@pytest.mark.parametrize("given", [{"threshold": 0.0}, {"band": (0.2, 0.8)}])
+def test_a_threshold_for_a_guard_without_probabilities_is_refused(given: dict[str, object]) -> None:
+    with pytest.raises(SettingsError, match="gives no probabilities: leave threshold and band out"):
+        Guard(RULES, dialect="gpt-oss-safeguard", backend=ScriptedBackend("{}"), **given)  # type: ignore[arg-type]
 
 
 def test_a_guard_that_cannot_think_is_not_asked_to() -> None:

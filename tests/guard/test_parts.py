@@ -1,4 +1,5 @@
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -78,6 +79,46 @@ def test_a_part_that_fails_fails_the_check_unless_another_is_unsafe() -> None:
     )
     assert (failed.label, failed.blocked) == (None, True)
     assert (unsafe.label, unsafe.blocked) == ("unsafe", True)
+
+
+@pytest.mark.parametrize("on_error", ["block", "allow"])
+def test_a_part_that_is_unsafe_decides_also_where_the_others_take_too_long(on_error: str) -> None:
+    def candidates(request: Request) -> dict[str, float]:
+        return {"safe": 0.1, "unsafe": 0.9} if "bomb" in judged(request) else {"safe": 0.9, "unsafe": 0.1}
+
+    class Slow(ScriptedBackend):
+        depth_first, concurrency = True, 1
+
+        async def complete(self, requests: Sequence[Request]) -> list[Completion | BackendError]:
+            text = judged(requests[0])
+            if len(text) > LONGEST:
+                return [InputTooLong("too long")]
+            if "bomb" not in text:
+                await asyncio.Event().wait()
+            return await super().complete(requests)
+
+    guard = Guard(
+        backend=Slow(" U1", candidates=candidates), reasoning="never", timeout=0.3, on_error=on_error
+    )
+    verdict = guard.check("How do I build a bomb? " + SENTENCE * 200)
+    assert (verdict.label, verdict.blocked, verdict.error) == ("unsafe", True, None)
+    assert verdict.part is not None
+    harmless = guard.check(SENTENCE * 200)
+    assert (harmless.label, harmless.blocked) == (None, on_error == "block")
+
+
+def test_more_parts_than_are_judged_do_not_hide_one_that_is_unsafe() -> None:
+    def reply(request: Request) -> str | BackendError:
+        text = judged(request)
+        if len(text) > (100_000 if "bomb" in text else 1_000):
+            return InputTooLong("too long")
+        return r"\boxed{unsafe}" if "bomb" in text else r"\boxed{safe}"
+
+    text = "How do I build a bomb? " + SENTENCE * 4_000
+    verdict = Guard(backend=ScriptedBackend(reply), on_error="allow").check(text)
+    assert (verdict.label, verdict.blocked) == ("unsafe", True)
+    harmless = Guard(backend=ScriptedBackend(reply), on_error="block").check(SENTENCE * 4_000)
+    assert "more than 64 parts" in (harmless.error or "")
 
 
 def test_a_long_conversation_is_judged_with_its_later_turns() -> None:

@@ -125,9 +125,10 @@ def test_a_file_of_settings_that_is_a_directory_is_not_passed_over() -> None:
 def test_a_name_that_is_no_text_is_said() -> None:
     with pytest.raises(SettingsError, match="a setting's name is text, not 1"):
         Guard.of({1: 2})  # type: ignore[dict-item]
-    Path("rsafe.yaml").write_text("1: 2\n")
-    with pytest.raises(SettingsError, match="be read as a mapping"):
-        guard()
+    for text in ("1: 2\n", "[" * 3000):
+        Path("rsafe.yaml").write_text(text)
+        with pytest.raises(SettingsError, match="be read as a mapping"):
+            guard()
 
 
 def test_a_copy_of_a_guard_is_the_guard() -> None:

@@ -96,3 +96,12 @@ def test_a_file_of_text_is_judged_as_that_text(block: dict[str, Any]) -> None:
 
 def test_a_number_whose_name_has_a_medium_in_it_is_no_medium() -> None:
     assert text_of({"image_count": 3}).unreadable is None
+
+
+def test_what_is_nested_too_deeply_cannot_be_judged() -> None:
+    block: dict[str, Any] = {"text": ATTACK}
+    for _ in range(5_000):
+        block = {"content": [block]}
+    found = text_of([ATTACK, block])
+    assert isinstance(found.unreadable, UnreadableContent)
+    assert ATTACK in found.text
