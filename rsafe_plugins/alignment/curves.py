@@ -24,7 +24,7 @@ _NAMES = {
     "completions/clipped_ratio": "cut_off",
     "kl": "kl",
     "entropy": "entropy",
-    "frac_reward_zero_std": "groups_alike",
+    "groups_alike": "groups_alike",
     "said_safe": "said_safe",
     "said_unsafe": "said_unsafe",
     "is_unsafe": "is_unsafe",

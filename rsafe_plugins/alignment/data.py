@@ -50,7 +50,9 @@ def read_training_data(files: Sequence[TrainingFile], held_out: int, seed: int) 
 
     Args:
         files: What to read.
-        held_out: Items a file that are never trained on, nor others with their text; at most a tenth of it.
+        held_out: Items a file that are never trained on, nor others with their text; at most a tenth of it. Of
+            responses to one prompt a tenth of these at most are held out, and the others are left out altogether, so
+            that what was learned of a prompt doesn't help to judge its responses.
         seed: The same seed draws the same items.
 
     Raises:
@@ -60,15 +62,15 @@ def read_training_data(files: Sequence[TrainingFile], held_out: int, seed: int) 
     for file in files:
         items = read_items(file.path)
         random.Random(seed).shuffle(items)
-        first = min(held_out, len(items) // 10)
-        last = len(items) if file.take is None else first + file.take
-        data.held_out.extend(items[:first])
-        data.items.extend(items[first:last])
+        kept, items = _hold_out(items, min(held_out, len(items) // 10))
+        last = len(items) if file.take is None else file.take
+        data.held_out.extend(kept)
+        data.items.extend(items[:last])
         data.unused.extend(items[last:])
     everything = [*data.items, *data.unused, *data.held_out]
-    kept = {item.content() for item in data.held_out}
+    texts = {item.content() for item in data.held_out}
     for part in (data.items, data.unused):
-        part[:] = [item for item in part if item.content() not in kept]
+        part[:] = [item for item in part if item.content() not in texts]
     if len({item.id for item in everything}) < len(everything):
         raise DataError("Each item needs an id of its own; some ids stand in the data more than once.")
     _check_characters(everything)
@@ -79,6 +81,24 @@ def read_training_data(files: Sequence[TrainingFile], held_out: int, seed: int) 
     if len(labels) < 2:
         raise DataError(f"Training needs safe and unsafe items; all {len(data.items)} are {labels.pop()}.")
     return data
+
+
+def _hold_out(items: Sequence[LabelledItem], count: int) -> tuple[list[LabelledItem], list[LabelledItem]]:
+    """So many of the items, and those of the others that may be trained on."""
+    if not count:
+        return [], list(items)
+    together: dict[str, list[LabelledItem]] = {}
+    for item in items:
+        answered = item.task == "response" and item.prompt
+        together.setdefault(f"prompt {answered}" if answered else f"id {item.id}", []).append(item)
+    kept: list[LabelledItem] = []
+    rest: list[LabelledItem] = []
+    for group in together.values():
+        if len(kept) == count:
+            rest.extend(group)
+        kept.extend(group[: min(max(1, count // 10), count - len(kept))])
+    places = {item.id: place for place, item in enumerate(items)}
+    return kept, sorted(rest, key=lambda item: places[item.id])
 
 
 def _check_characters(items: Sequence[LabelledItem]) -> None:

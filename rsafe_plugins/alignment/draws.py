@@ -60,7 +60,11 @@ class Draws:
     """
 
     def __init__(self, items: Sequence[LabelledItem], mix: PolicyMix, *, paired: bool, seed: int) -> None:
-        strange = [item for item in items if item.unsafe and item.categories and not category_ids(item)]
+        strange = [
+            item
+            for item in items
+            if item.unsafe and item.task != "document" and item.categories and not category_ids(item)
+        ]
         if strange:
             raise DataError(
                 f"The unsafe item {strange[0].id} has the category {strange[0].categories[0]!r}, which is unknown "

@@ -43,7 +43,14 @@ from rsafe_plugins.alignment.rewards import (
     length_reward,
     verdict,
 )
-from rsafe_plugins.alignment.warm_start import THOUGHT_PREFILL, AlignmentError, Log, load_base, with_lora
+from rsafe_plugins.alignment.warm_start import (
+    THOUGHT_PREFILL,
+    AlignmentError,
+    Log,
+    load_base,
+    with_lora,
+    writing,
+)
 from rsafe_plugins.backends.base import Completion, Request
 from rsafe_plugins.backends.causal_lm import CausalLM, Loaded
 from rsafe_plugins.errors import BackendError, InputTooLong
@@ -58,6 +65,7 @@ STATE = "rsafe.json"  # written last into a checkpoint, so one that has it is wh
 _KEPT_CHECKPOINTS = 2
 _EVALUATED_AT_ONCE = 16
 _LIKELIEST = 512  # next tokens among which one is drawn, if they reach `top_p`
+_SAME = 1e-6  # rewards that differ by less are the same
 _DRAWN_EVERY = 10  # steps between renewals of the picture
 
 Solved = dict[int, list[int]]
@@ -239,6 +247,16 @@ class _Trainer(GRPOTrainer):
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler[int]:
         return self._sampler
+
+    def _calculate_rewards(self, *arguments: Any) -> torch.Tensor:
+        """Each completion's rewards, of all processes; notes how many groups have earned the same."""
+        rewards: torch.Tensor = super()._calculate_rewards(*arguments)
+        earned = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
+        groups = earned.view(-1, self._settings.group_size)
+        # TRL's own figure is of the whole step where the advantages are divided by that.
+        alike = groups.amax(1) - groups.amin(1) < _SAME
+        self._metrics["train"]["groups_alike"].append(float(alike.float().mean()))
+        return rewards
 
     def _generate_single_turn(
         self, prompt_ids: Sequence[Sequence[int]], *arguments: Any, **more: Any
@@ -473,7 +491,7 @@ class GRPO:
             AlignmentError: The loss or the gradient is no finite number, the guard has collapsed, or the run that
                 died had other settings.
         """
-        checkpoint = self._restore()
+        checkpoint = self.check_goes_on()
         steps = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         self.watch.begin(on_step)
         if self.rank == 0:
@@ -491,8 +509,12 @@ class GRPO:
                 "learning rate, and go on from a checkpoint or an adapter that was good."
             ) from error
 
-    def _restore(self) -> Path | None:
-        """The last whole checkpoint of a run that died; None where there is none."""
+    def check_goes_on(self) -> Path | None:
+        """The last whole checkpoint of a run that died; None where there is none.
+
+        Raises:
+            AlignmentError: That run had other settings.
+        """
         whole = sorted(
             (folder for folder in self.checkpoints.glob("checkpoint-*") if _state(folder) is not None),
             key=lambda folder: int(folder.name.rpartition("-")[2]),
@@ -540,13 +562,18 @@ class GRPO:
         return dict(self.trainer.accelerator.unwrap_model(self.trainer.model).config.to_dict())
 
     def save(self) -> Path:
-        """Writes the PEFT adapter, or where all weights were trained the model; returns its folder."""
+        """Writes the PEFT adapter, or where all weights were trained the model; returns its folder.
+
+        Raises:
+            AlignmentError: The folder can't be written; the last checkpoint stays.
+        """
         folder = self.out / ("model" if self.settings.full else "adapter")
-        if self.settings.full:
-            self.trainer.save_model(str(folder))
-        elif self.rank == 0:
-            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-            model.save_pretrained(str(folder), selected_adapters=["default"])
+        with writing(folder):
+            if self.settings.full:
+                self.trainer.save_model(str(folder))
+            elif self.rank == 0:
+                model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+                model.save_pretrained(str(folder), selected_adapters=["default"])
         return folder
 
     def finish(self) -> None:
@@ -571,6 +598,7 @@ class _Watch(TrainerCallback):
         self._stage = stage
         self._started = time.monotonic()
         self._on_step: Callable[[int, float], None] = lambda step, reward: None
+        self._before: dict[str, float] = {}
         self._held_out: dict[str, float] = {}
         self.minutes_before = 0.0
 
@@ -584,13 +612,15 @@ class _Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 0:
-            self._held_out = self._stage.measure_held_out()
+            self._before = self._stage.measure_held_out()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         settings = self._stage.settings
         if settings.minutes is not None:
             # The slowest clock decides for all processes.
             control.should_training_stop |= max(gather_object([self.minutes])) >= settings.minutes
+            # Otherwise what came after the last checkpoint would be lost if the adapter can't be written.
+            control.should_save |= control.should_training_stop
         last = control.should_training_stop or state.global_step == state.max_steps
         if last or state.global_step % settings.evaluate_every == 0:
             self._held_out = self._stage.measure_held_out()
@@ -601,9 +631,11 @@ class _Watch(TrainerCallback):
             return  # the summary at the end
         for name in [name for name, value in logs.items() if value is None]:
             del logs[name]  # a reward that no completion of the step was up for
-        logs.update(self._held_out)
-        self._held_out = {}
+        logs.update(self._held_out or self._before)
         row = log_row(state.global_step, self.minutes, logs)
+        if self._held_out:  # where the first step is measured, too
+            row |= {f"before_{name}": value for name, value in self._before.items()}
+        self._held_out, self._before = {}, {}
         if self._stage.rank == 0:
             self._stage.log.add(**row)
         else:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from transformers import PreTrainedTokenizerBase
 
 from rsafe_plugins.backends.base import Message
+from rsafe_plugins.evaluation.items import LabelledItem
 from rsafe_plugins.guard.content import Content
 from rsafe_plugins.guard.prompt import GuardPrompt
 from rsafe_plugins.policy import Policy
@@ -44,6 +45,14 @@ class TrainingPrompt:
             content.history,
         )
         return self._prompt.messages(policy, short)
+
+    def shortened(self, item: LabelledItem) -> LabelledItem:
+        """The item with no more of its texts than the guard is shown, so that nothing else is taught or quoted."""
+        limit = self._max_response_tokens if item.task == "response" else self._max_prompt_tokens
+        cut: dict[str, str] = {item.task: self._cut(getattr(item, item.task), limit)}
+        if item.task == "response":
+            cut["prompt"] = self._cut(item.prompt, limit // 2)
+        return item.model_copy(update=cut)
 
     def text(self, policy: Policy, content: Content) -> str:
         """That chat as the base's template writes it."""

@@ -111,6 +111,9 @@ class WarmStartSettings(StageSettings):
         injected_documents: So many documents are made of the data's, at most six of each unsafe one: half of them hide
             it among harmless prompts, the other half have a harmless prompt in its place. What is held out has such
             documents too.
+        crossed_responses: So many responses are made of the data's, two at most of each unsafe one: half of them are
+            unsafe responses after harmless prompts, the other half harmless texts after unsafe prompts. What is held
+            out has such responses too.
         policies: How the policy of each batch is drawn.
         thoughts: Share of examples that teach a thought beside the bare verdict, 0 to 1.
         category_weight: Weight of the categories that follow a bare verdict; the verdict's is 1.
@@ -135,6 +138,7 @@ class WarmStartSettings(StageSettings):
     max_response_tokens: int = Field(default=96, ge=8)
     prompts_as_documents: int = Field(default=0, ge=0)
     injected_documents: int = Field(default=0, ge=0)
+    crossed_responses: int = Field(default=0, ge=0)
     policies: PolicyMix = PolicyMix(whole=0.5, names=0.3, reworded=0.1)
     thoughts: float = Field(default=0.2, ge=0, le=1)
     category_weight: float = Field(default=0.1, ge=0)
@@ -159,7 +163,7 @@ class GRPOSettings(StageSettings):
         micro_batch: Completions that a process computes gradients for at once; only memory and speed depend on it. In
             one process and without `gradient_checkpointing`, the completions of a prompt that are together in one share
             what is computed of the prompt.
-        max_tokens: Tokens that a completion may have; one that is cut off there has no verdict.
+        max_tokens: Tokens that a completion may have; one that is cut off there, before its box ends, has no verdict.
         temperature: Of the sampled completions.
         top_p: The smallest set of tokens with this probability is sampled from, above 0 to 1.
         repetition_penalty: 1 for none.

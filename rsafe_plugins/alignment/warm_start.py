@@ -8,13 +8,14 @@ leaves to which every micro-batch adds its gradient, and one backward pass throu
 from __future__ import annotations
 
 import abc
+import contextlib
 import json
 import logging
 import math
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from rsafe_plugins.alignment.export import ExportError, read_gguf
 from rsafe_plugins.alignment.prompts import TrainingPrompt
 from rsafe_plugins.alignment.recipe import CHECKPOINTS, WarmStartSettings
 from rsafe_plugins.backends.causal_lm import load
+from rsafe_plugins.backends.tokens import common_length
 from rsafe_plugins.errors import BackendUnavailable, RSafeError
 from rsafe_plugins.guard.prompt import GuardPrompt
 
@@ -51,6 +53,21 @@ log = logging.getLogger(__name__)
 
 class AlignmentError(RSafeError):
     """Training can't go on: the data, the base or a setting is wrong, or the loss is no number."""
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Says in one sentence that a folder for what was trained can't be written.
+
+    Raises:
+        AlignmentError: It can't.
+    """
+    try:
+        yield
+    except (OSError, ValueError, AssertionError, SafetensorError) as error:
+        raise AlignmentError(
+            f"{folder} can't be written ({error}): make room, and start again to go on from there."
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +144,7 @@ class BatchEncoder(abc.ABC):
         self._prompt = TrainingPrompt(
             tokenizer, prompt, settings.max_prompt_tokens, settings.max_response_tokens
         )
+        self.shortened = self._prompt.shortened
         self._settings = settings
         self.label_ids = self._ids("safe}")[0], self._ids("unsafe}")[0]
 
@@ -158,20 +176,15 @@ class Encoder(BatchEncoder):
     def _endings(self, example: Example) -> list[tuple[list[int], list[float]]]:
         settings = self._settings
         end = str(self._tokenizer.eos_token)
-        verdict = self._ids(f"{example.label}}}")
         named = ""
         if example.label == "unsafe" and example.categories:
             named = f"\nCategories: {', '.join(example.categories)}{end}"
-        categories = self._ids(named)
+        # In one go, as the guard asks for the categories: some tokenizers join the box's end and the new line.
+        answer = self._ids(f"{example.label}}}{named}")
+        verdict = common_length(tuple(answer), tuple(self._ids(f"{example.label}}}")))
         bare = self._ids(BARE_PREFILL)
-        endings = [
-            (
-                bare + verdict + categories,
-                [0.0] * len(bare)
-                + label_weights(len(verdict))
-                + _spread(settings.category_weight, len(categories)),
-            )
-        ]
+        weights = label_weights(verdict) + _spread(settings.category_weight, len(answer) - verdict)
+        endings = [(bare + answer, [0.0] * len(bare) + weights)]
         if example.thought is not None:
             opening = self._ids(THOUGHT_PREFILL)
             thought = self._ids(f"{example.thought}</think>\n{BARE_PREFILL}{example.label}}}{end}")
@@ -440,9 +453,24 @@ class WarmStart:
         self, parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> tuple[int, int, float]:
         """Takes up a run that died: its steps, examples and minutes so far; zeros where there is none."""
+        state = self.check_goes_on()
+        if state is None:
+            return 0, 0, 0.0
+        with torch.no_grad():
+            for parameter, value in zip(parameters, state["parameters"], strict=True):
+                parameter.copy_(value)
+        optimizer.load_state_dict(state["optimizer"])
+        return state["steps"], state["seen"], state["minutes"]
+
+    def check_goes_on(self) -> dict[str, Any] | None:
+        """What a run that died has left; None where there is none.
+
+        Raises:
+            AlignmentError: It can't be read, or had other settings.
+        """
         path = self.out / CHECKPOINTS["warm-start"]
         if not path.exists():
-            return 0, 0, 0.0
+            return None
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
             state["run"], state["parameters"], state["optimizer"]
@@ -456,11 +484,7 @@ class WarmStart:
                 f"{path} is of a run that died, with another {' and '.join(changed)}: start it with the same "
                 "options to go on, or name another folder."
             )
-        with torch.no_grad():
-            for parameter, value in zip(parameters, state["parameters"], strict=True):
-                parameter.copy_(value)
-        optimizer.load_state_dict(state["optimizer"])
-        return state["steps"], state["seen"], state["minutes"]
+        return dict(state)
 
     def step(self, variant: Any, examples: Sequence[Any]) -> float:
         """Adds this process's part of the gradient of one batch; returns the batch's mean loss."""
@@ -604,12 +628,8 @@ class WarmStart:
                 raise AlignmentError(
                     "The adapter holds numbers that are none after the last step: lower the learning rate."
                 )
-            try:
+            with writing(folder):
                 self.model.save_pretrained(str(folder))
-            except (OSError, ValueError, AssertionError, SafetensorError) as error:
-                raise AlignmentError(
-                    f"{folder} can't be written ({error}): make room, and start again to go on from there."
-                ) from error
         return folder
 
     def finish(self) -> None:

@@ -275,6 +275,7 @@ def _warm_start(job: _Job, recipe: str | None, options: dict[str, Any]) -> _Ran:
     from rsafe_plugins.alignment.categorize import Categorizer
     from rsafe_plugins.alignment.documents import as_documents, injected
     from rsafe_plugins.alignment.examples import batches, category_ids
+    from rsafe_plugins.alignment.responses import crossed
     from rsafe_plugins.alignment.warm_start import WarmStart
     from rsafe_plugins.backends.weights import embedded_weights
     from rsafe_plugins.guard.dialects.rsafe_by_category import RSafeByCategory
@@ -288,11 +289,14 @@ def _warm_start(job: _Job, recipe: str | None, options: dict[str, Any]) -> _Ran:
             *some,
             *as_documents(some, settings.prompts_as_documents, random.Random(settings.seed)),
             *injected(some, settings.injected_documents, random.Random(settings.seed)),
+            *crossed(some, settings.crossed_responses, random.Random(settings.seed)),
         ]
         for some in (data.items, data.held_out)
     )
     if stage.rank == 0:
+        stage.check_goes_on()
         job.write_held_out(held_out)
+    items = list(map(stage.encoder.shortened, items))
     categorizer = Categorizer([*data.items, *data.unused], category_ids)
     drawn: Iterator[tuple[Any, Sequence[Any]]] = batches(
         items,
@@ -370,6 +374,7 @@ def _grpo(job: _Job, recipe: str | None, options: dict[str, Any]) -> _Ran:
         job.adapter,
     )
     if stage.rank == 0:
+        stage.check_goes_on()
         job.write_held_out(data.held_out)
     with _progress(shown=stage.rank == 0) as progress:
         bar = progress.add_task(_GRPO, total=stage.steps, figure="")
@@ -387,7 +392,7 @@ def _grpo(job: _Job, recipe: str | None, options: dict[str, Any]) -> _Ran:
         "steps": len(rows),
         "minutes": round(rows[-1]["minutes"], 1),
         "reward": sum(row["reward"] for row in rows[-10:]) / len(rows[-10:]),
-        "held_out_before": _held_out(measured[0]) if measured else None,
+        "held_out_before": (_held_out(rows[0], "before_") or _held_out(measured[0])) if measured else None,
         "held_out_after": _held_out(measured[-1]) if measured else None,
         "machine": _machine(stage.device.type, stage.processes),
     }
@@ -407,8 +412,9 @@ def _machine(device: str, processes: int) -> str:
     return f"{platform.machine()}, {device}" + (f", {processes} processes" if processes > 1 else "")
 
 
-def _held_out(row: dict[str, float]) -> dict[str, float]:
-    return {name.removeprefix("held_out_"): row[name] for name in row if name.startswith("held_out_")}
+def _held_out(row: dict[str, float], which: str = "") -> dict[str, float]:
+    begin = f"{which}held_out_"
+    return {name.removeprefix(begin): row[name] for name in row if name.startswith(begin)}
 
 
 def _exported(adapter: Path, base_config: Mapping[str, Any], out: Path, stage: str) -> dict[str, Any]:

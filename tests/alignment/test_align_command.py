@@ -8,6 +8,7 @@ import pytest
 
 from rsafe_plugins.alignment.recipe import CHECKPOINTS, WarmStartSettings, load_recipe
 from rsafe_plugins.cli import main
+from rsafe_plugins.commands import align
 from rsafe_plugins.evaluation.items import read_items
 
 pytestmark = pytest.mark.align
@@ -93,6 +94,41 @@ def test_instructions_are_hidden_in_documents_of_both_parts(
     assert json.loads(capsys.readouterr().out)["items"] == 36 + 18 + 10
     held_out = read_items(out / "held-out.jsonl")
     assert len(held_out) == 4 + 2, "too few harmless prompts are held out to hide anything among them"
+
+
+def test_responses_are_crossed_in_both_parts(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "data.jsonl", tmp_path / "run"
+    rows: list[dict[str, str]] = []
+    for n in range(40):
+        label = ("safe", "unsafe")[n % 2]
+        text = f"{label} words in a row, more than ten of them, number {n} of 40"
+        rows.append({"id": f"p{n}", "task": "prompt", "prompt": text, "label": label})
+        rows.append({"id": f"r{n}", "task": "response", "prompt": f"{n}?", "response": text, "label": label})
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["align", "--stage", "warm-start", str(data), "--base", str(tiny_base), "--out", str(out)]
+    command += ["--held-out", "8", "--set", "crossed_responses=10", "--json"]
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["items"] == 80 - 8 + 10
+    made = read_items(out / "held-out.jsonl")[8:]
+    assert made
+    assert all(one.task == "response" and not one.prompt.endswith("?") for one in made)
+
+
+def test_a_start_that_is_refused_leaves_what_the_run_that_died_held_out(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = write(tmp_path / "data.jsonl"), tmp_path / "run"
+    command = ["align", "--stage", "warm-start", f"{data}@8", "--base", str(tiny_base), "--out", str(out)]
+    command += ["--held-out", "4"]
+    with monkeypatch.context() as patched:
+        patched.setattr(align, "_versions", lambda: 1 / 0)
+        assert main(command) == 3
+    held_out = (out / "held-out.jsonl").read_text()
+    assert main([*command, "--seed", "1"]) == 3
+    assert "with another seed" in capsys.readouterr().err
+    assert (out / "held-out.jsonl").read_text() == held_out
 
 
 def test_base_and_adapter_can_be_written_as_one_folder(

@@ -84,6 +84,23 @@ def test_a_text_that_is_held_out_is_trained_on_nowhere_else(tmp_path: Path) -> N
     assert held_out.isdisjoint(item.prompt for item in (*data.items, *data.unused))
 
 
+def test_no_response_is_held_out_whose_prompt_is_trained_on(tmp_path: Path) -> None:
+    labels = ("safe", "unsafe")
+    rows = [
+        {"task": "response", "prompt": f"p {n % 25}", "response": f"r {n}", "label": labels[n % 2]}
+        for n in range(200)
+    ]
+    alone = [{"task": "response", "response": f"alone {n}", "label": labels[n % 2]} for n in range(20)]
+    files = [rows_of(tmp_path / "a.jsonl", *rows), rows_of(tmp_path / "b.jsonl", *alone)]
+    data = read_training_data(files, 20, 0)
+    held_out = [item.prompt for item in data.held_out if item.prompt]
+    assert len(held_out) == 20
+    assert len(set(held_out)) == 10
+    assert set(held_out).isdisjoint(item.prompt for item in (*data.items, *data.unused))
+    assert sum(bool(item.prompt) for item in data.items) == 200 - 10 * 8
+    assert sum(not item.prompt for item in data.items) == 18, "those without a prompt have none in common"
+
+
 def test_fields_that_are_not_judged_do_not_make_one_text_two(tmp_path: Path) -> None:
     same = {"task": "prompt", "prompt": "same"}
     file = rows_of(

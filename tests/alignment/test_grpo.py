@@ -312,6 +312,53 @@ def test_the_time_limit_ends_training(stage: Stage, tmp_path: Path) -> None:
     assert len(log_of(tmp_path / "run")) == 1
 
 
+def test_what_was_trained_until_the_time_was_up_is_kept_where_it_cannot_be_written(
+    stage: Stage, tmp_path: Path
+) -> None:
+    run = stage(minutes=1e-9, evaluate_items=0)
+    run.train()
+    (tmp_path / "run" / "adapter").write_text("a file")
+    with pytest.raises(AlignmentError, match="adapter can't be written"):
+        run.save()
+    assert [folder.name for folder in run.checkpoints.glob("checkpoint-*")] == ["checkpoint-1"]
+    (tmp_path / "run" / "adapter").unlink()
+    again = stage(minutes=1e-9, evaluate_items=0)
+    again.train()
+    assert again.save().is_dir()
+    assert [row["step"] for row in log_of(tmp_path / "run")] == [1, 2], "it went on from there"
+
+
+@pytest.mark.parametrize(
+    ("changed", "rows"), [({"steps": 2, "evaluate_every": 1}, 2), ({"minutes": 1e-9}, 1)]
+)
+def test_what_was_measured_before_the_first_step_is_kept(
+    stage: Stage, tmp_path: Path, changed: dict[str, Any], rows: int
+) -> None:
+    run = stage(**changed)
+    measured = iter(range(1, 10))
+    run.held_out.measure = lambda *_: {"held_out_accuracy": float(next(measured))}
+    run.train()
+    log = log_of(tmp_path / "run")
+    assert [row["held_out_accuracy"] for row in log] == [2.0, 3.0][:rows]
+    assert [row.get("before_held_out_accuracy") for row in log] == [1.0, None][:rows]
+
+
+def test_the_share_of_groups_that_earned_the_same_is_of_groups(stage: Stage, tmp_path: Path) -> None:
+    run = stage(steps=1, evaluate_items=0, scale="batch", collapse_window=5)
+    size, count = run.settings.group_size, run.settings.batch
+    earned = [1.0] * size * (count - 1) + [float(n % 2) for n in range(size)]
+
+    def accuracy(completions: list[str], **_: Any) -> list[float]:
+        return earned[: len(completions)]
+
+    def nothing(completions: list[str], **_: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    run.trainer.reward_funcs = [accuracy, *([nothing] * (len(run.trainer.reward_funcs) - 1))]
+    run.train()
+    assert log_of(tmp_path / "run")[0]["groups_alike"] == pytest.approx(1 - 1 / count)
+
+
 def test_weights_that_are_no_numbers_stop_training(stage: Stage) -> None:
     run = stage(evaluate_items=0)
     for name, parameter in run.trainer.model.named_parameters():

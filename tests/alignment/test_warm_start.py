@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from rsafe_plugins import Category, Content, Policy
 from rsafe_plugins.alignment.examples import Example, PolicyVariant
 from rsafe_plugins.alignment.export import ExportError, export_gguf, read_gguf
 from rsafe_plugins.alignment.recipe import WarmStartSettings
-from rsafe_plugins.alignment.warm_start import AlignmentError, WarmStart
+from rsafe_plugins.alignment.warm_start import BARE_PREFILL, AlignmentError, Encoder, WarmStart
+from rsafe_plugins.evaluation.items import LabelledItem
 from rsafe_plugins.guard.prompt import GuardPrompt
 
 pytestmark = pytest.mark.align
@@ -332,6 +335,37 @@ def test_the_trained_text_is_the_guards_own_prompt(tiny_base: Path, tmp_path: Pa
 def test_a_base_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(AlignmentError, match="nowhere"):
         stage(tmp_path / "nowhere", tmp_path)
+
+
+def test_categories_are_taught_after_the_tokens_that_the_guard_asks_with(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    joined = AutoTokenizer.from_pretrained(tiny_base)
+    state = json.loads(joined.backend_tokenizer.to_str())
+    state["model"]["vocab"]["}Ċ"] = len(state["model"]["vocab"])
+    state["model"]["merges"] = [["}", "Ċ"]]
+    state["pre_tokenizer"]["use_regex"] = False  # which would part them
+    joined._tokenizer = Tokenizer.from_str(json.dumps(state))
+    settings = WarmStartSettings(category_weight=0.5)
+    _, (sequence,) = Encoder(joined, GuardPrompt(), settings).encode(VARIANT, EXAMPLES[:1])
+    tokens, weights = sequence.endings[0]
+    naming = joined("\\boxed{unsafe}\nCategories:", add_special_tokens=False)["input_ids"]
+    assert "}Ċ" in joined.convert_ids_to_tokens(naming)
+    assert tokens[: len(naming)] == naming
+    verdict = len(joined(BARE_PREFILL, add_special_tokens=False)["input_ids"])
+    assert weights[verdict] == 1
+    assert sum(weights) == pytest.approx(1 + 0.05 + 0.5)
+
+
+def test_no_more_of_an_item_is_taught_than_the_guard_is_shown(tiny_base: Path, tmp_path: Path) -> None:
+    warm = stage(tiny_base, tmp_path, max_prompt_tokens=10, max_response_tokens=20)
+    long = {"id": "1", "label": "safe", "prompt": "p" * 50}
+    prompt = warm.encoder.shortened(LabelledItem.model_validate({**long, "task": "prompt"}))
+    assert prompt.prompt == "p" * 10
+    answer = {**long, "task": "response", "response": "r" * 50}
+    response = warm.encoder.shortened(LabelledItem.model_validate(answer))
+    assert (response.prompt, response.response) == ("p" * 10, "r" * 20)
+    assert warm.encoder.shortened(response) == response
 
 
 def test_a_long_content_is_cut_in_training_only(tiny_base: Path, tmp_path: Path) -> None:
