@@ -543,7 +543,8 @@ class Guard:
         uncertain = checks
         if self.settings.reasoning != "always":
             await self._score(checks)
-            uncertain = [check for check in checks if self._is_uncertain(check)]
+            point = self.operating_point
+            uncertain = [check for check in checks if self._is_uncertain(check, point)]
         if uncertain:
             await self._think(uncertain)
         bare = [check for check in checks if check.label == "unsafe" and check.thought is None]
@@ -554,11 +555,11 @@ class Guard:
         await self._compare(compared)
         await self._write_names([check for check in final if self._naming(check) == "written"])
 
-    def _is_uncertain(self, check: _Check) -> bool:
+    def _is_uncertain(self, check: _Check, point: OperatingPoint) -> bool:
         """Whether its score is one that adaptive reasoning thinks about."""
         if self.settings.reasoning != "adaptive" or self.dialect.thought is None:
             return False
-        low, high = self.operating_point.band
+        low, high = point.band
         return check.score is not None and low < high and low <= check.score <= high
 
     async def _score(self, checks: Sequence[_Check], *, thought: bool = False) -> None:
@@ -574,7 +575,8 @@ class Guard:
     async def _score_once(self, checks: Sequence[_Check], *, thought: bool, exact: bool) -> list[_Check]:
         """Scores the checks, and returns those whose label rests on no more than a bound."""
         labels = self.dialect.labels
-        threshold = self.operating_point.threshold
+        point = self.operating_point
+        compared = {kind for kind in {check.content.kind for check in checks} if self.compared_with(kind)}
         vague: list[_Check] = []
 
         def request(check: _Check) -> Request:
@@ -596,11 +598,10 @@ class Guard:
                     f"Expected the model to answer {_named(labels)}; it gave them together a probability of {mass:.2g}."
                 )
             check.score = probability["unsafe"] / mass
-            likelier: Label = "unsafe" if check.score >= threshold else "safe"
+            likelier: Label = "unsafe" if check.score >= point.threshold else "safe"
             # What is to be thought about is no verdict yet, also if time runs out before that.
-            check.label = likelier if thought or not self._is_uncertain(check) else None
-            bare_unsafe = check.label == "unsafe" and not thought
-            check.unconfirmed = bare_unsafe and bool(self.compared_with(check.content.kind))
+            check.label = likelier if thought or not self._is_uncertain(check, point) else None
+            check.unconfirmed = check.label == "unsafe" and not thought and check.content.kind in compared
             # What only seems as likely as that decides nothing, and never that something is safe.
             seeming = {labels[spelling] for spelling in completion.bounded}
             if "safe" in seeming or likelier in seeming:
